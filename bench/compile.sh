@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Seconds to compile a file that includes the library (median of 3), with g++ and clang++ at -O2.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+echo '#include <knock/core/tensor.hpp>
+int main() {}' >"$dir/tensor.cpp"
+echo '#include <knock/knock.hpp>
+int main() {}' >"$dir/knock.cpp"
+
+seconds() {  # COMPILER FLAG... FILE
+  for _ in 1 2 3; do
+    local start=$EPOCHREALTIME
+    "$@" -std=c++20 -O2 -fopenmp -I "$root/include" -c -o "$dir/out.o"
+    awk -v a="$start" -v b="$EPOCHREALTIME" 'BEGIN {printf "%.2f\n", b - a}'
+  done | sort -n | sed -n 2p
+}
+
+row() {  # TEXT TARGET FLAG... FILE
+  local text=$1 target=$2 gcc clang
+  shift 2
+  gcc=$(seconds g++ "$@")
+  clang=$(seconds clang++ "$@")
+  printf '%-46s %8s %8s   %s\n' "$text" "$gcc" "$clang" "$target"
+}
+
+eigen=(-I "${EIGEN_INCLUDE:-/usr/include/eigen3}")
+printf '%-46s %8s %8s   %s\n' 'seconds to compile' 'g++' 'clang++' 'target'
+row 'core/tensor.hpp, empty main, no Eigen in sight' '<= 1' "$dir/tensor.cpp"
+row 'knock.hpp compiled (-DKNOCK_COMPILED), empty main' '' -DKNOCK_COMPILED "$dir/knock.cpp"
+row 'knock.hpp header-only, empty main' '<= 6' "${eigen[@]}" "$dir/knock.cpp"
+row 'knock.hpp header-only, a small program' '<= 6' "${eigen[@]}" "$root/tests/package/main.cpp"

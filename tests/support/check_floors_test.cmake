@@ -1,0 +1,36 @@
+# The floor check must pass a good tree and fail on each planted fault, naming it.
+#   cmake -DSCRATCH=<folder> -P tests/support/check_floors_test.cmake
+cmake_minimum_required(VERSION 3.25)
+
+function(expect what file line message)  # plants one #include line into a good tree
+  file(REMOVE_RECURSE ${SCRATCH})
+  file(WRITE ${SCRATCH}/config.hpp "")
+  file(WRITE ${SCRATCH}/core/tensor.hpp "#include <vector>\n#include <knock/config.hpp>\n")
+  file(WRITE ${SCRATCH}/cpu/gemm.hpp "#include <knock/config.hpp>\n#  include <Eigen/Core>\n")
+  file(WRITE ${SCRATCH}/ops/matmul.hpp "#include <knock/core/tensor.hpp>\n")
+  file(WRITE ${SCRATCH}/ops/softmax.hpp "#include <knock/ops/matmul.hpp>\n")
+  file(WRITE ${SCRATCH}/knock.hpp "#include <knock/cpu/gemm.hpp>\n#include <knock/ops/softmax.hpp>\n")
+  file(WRITE ${SCRATCH}/train/config.hpp "#include <knock/knock.hpp>\n#include <toml++/toml.h>\n")
+  if(file)
+    file(APPEND ${SCRATCH}/${file} "#include ${line}\n")
+  endif()
+  execute_process(COMMAND ${CMAKE_COMMAND} -DINCLUDE_DIR=${SCRATCH} -P ${CMAKE_CURRENT_LIST_DIR}/check_floors.cmake
+                  RESULT_VARIABLE result ERROR_VARIABLE text OUTPUT_QUIET)
+  string(FIND "${text}" "${message}" found)
+  if((message AND (result EQUAL 0 OR found EQUAL -1)) OR (NOT message AND NOT result EQUAL 0))
+    message(SEND_ERROR "${what}: the check returned ${result} and said: ${text}")
+  endif()
+  file(REMOVE_RECURSE ${SCRATCH})
+endfunction()
+
+expect("a good tree" "" "" "")
+expect("upward edge" core/tensor.hpp "<knock/ops/matmul.hpp>" "core/tensor.hpp -> knock/ops/matmul.hpp: an upward edge")
+expect("upward edge, indented" core/tensor.hpp "   <knock/nn/linear.hpp>  // why" "core/tensor.hpp -> knock/nn/linear.hpp: an upward edge")
+expect("circle" ops/matmul.hpp "<knock/ops/softmax.hpp>" "these files include each other in a circle: ops/matmul, ops/softmax")
+expect("kernel seen from an op" ops/softmax.hpp "<knock/cpu/gemm.hpp>" "only cpu/ and knock.hpp include cpu/")
+expect("tensor seen from a kernel" cpu/gemm.hpp "<knock/core/tensor.hpp>" "cpu/gemm.hpp -> knock/core/tensor.hpp: an upward edge")
+expect("Eigen above cpu" ops/matmul.hpp "<Eigen/Dense>" "Eigen is for cpu/ alone")
+expect("toml++ in the library" ops/matmul.hpp "<toml++/toml.h>" "a library of the trainer's side alone")
+expect("tokenizer seen from the library" knock.hpp "<knock/data/tokenizer.hpp>" "does not see the trainer's side")
+expect("quoted path" ops/matmul.hpp "\"softmax.hpp\"" "write #include <knock/...>")
+expect("unknown folder" misc/new.hpp "<vector>" "stands on no floor")
