@@ -1,0 +1,68 @@
+#pragma once
+// One thread pool: OpenMP's. Without OpenMP everything runs on the calling thread.
+//
+// Work is split by its size alone, never by the number of threads, wherever the split could change a rounding: the same
+// input gives the same bits for any number of threads.
+
+#include <knock/config.hpp>
+
+#include <algorithm>
+#include <cstdint>
+#include <exception>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace knock {
+
+/// Threads that parallel loops use on this thread.
+inline int num_threads() {
+#ifdef _OPENMP
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+/// Sets the number of threads of parallel loops started from this thread; ignored without OpenMP.
+inline void set_num_threads([[maybe_unused]] int threads) {
+#ifdef _OPENMP
+  omp_set_num_threads(std::max(threads, 1));
+#endif
+}
+
+/// Calls `body(i)` for every i in [0, n), each one task, handed out in order. Exceptions reach the caller.
+template <class Body>
+void parallel_tasks(int64_t n, Body&& body) {
+#ifdef _OPENMP
+  if (n > 1 && num_threads() > 1) {
+    std::exception_ptr error;
+#pragma omp parallel for schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) {
+      try {
+        body(i);
+      } catch (...) {
+#pragma omp critical(knock_parallel_error)
+        error = std::current_exception();
+      }
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+/// Calls `body(begin, end)` over chunks of [0, n) of `grain` items (the last one may be smaller).
+/// The chunks depend on n and grain alone.
+template <class Body>
+void parallel_for(int64_t n, int64_t grain, Body&& body) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t chunks = (n + grain - 1) / grain;
+  if (chunks == 1) return body(int64_t{0}, n);
+  parallel_tasks(chunks, [&](int64_t c) { body(c * grain, std::min(n, (c + 1) * grain)); });
+}
+
+}  // namespace knock

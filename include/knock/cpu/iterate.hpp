@@ -1,0 +1,94 @@
+#pragma once
+// Walks several arrays of one shape together, in rows: axes that all arrays step through evenly are merged, so that dense
+// arrays become one row and broadcast or transposed ones as few and as long rows as possible.
+
+#include <knock/core/backend.hpp>
+#include <knock/core/parallel.hpp>
+
+#include <array>
+#include <cstdlib>
+
+namespace knock::cpu {
+
+/// Elements of work that are worth a task of their own.
+inline constexpr int64_t task_elements = 16384;
+
+/// A merged loop nest over K arrays: extents, outermost first, and each array's strides.
+template <std::size_t K>
+struct LoopNest {
+  Shape shape;
+  std::array<Strides, K> strides;
+};
+
+/// Merges axes. The first array (the output) decides the order: its smallest stride becomes innermost.
+template <std::size_t K>
+LoopNest<K> merge_axes(const std::array<const Array*, K>& arrays) {
+  const Shape& shape = arrays[0]->shape;
+  int64_t order[max_rank];
+  int64_t rank = 0;
+  for (int64_t i = 0; i < shape.rank(); ++i)
+    if (shape[i] != 1) order[rank++] = i;
+  std::stable_sort(order, order + rank, [&](int64_t a, int64_t b) {
+    return std::abs(arrays[0]->strides[a]) > std::abs(arrays[0]->strides[b]);
+  });
+  LoopNest<K> nest;
+  for (int64_t i = 0; i < rank; ++i) {
+    const int64_t axis = order[i], extent = shape[axis];
+    bool merges = !nest.shape.empty();
+    for (std::size_t k = 0; k < K; ++k) merges = merges && nest.strides[k].back() == arrays[k]->strides[axis] * extent;
+    if (merges) {
+      nest.shape.back() *= extent;
+      for (std::size_t k = 0; k < K; ++k) nest.strides[k].back() = arrays[k]->strides[axis];
+    } else {
+      nest.shape.push_back(extent);
+      for (std::size_t k = 0; k < K; ++k) nest.strides[k].push_back(arrays[k]->strides[axis]);
+    }
+  }
+  if (nest.shape.empty()) {
+    nest.shape.push_back(shape.numel());
+    for (auto& strides : nest.strides) strides.push_back(1);
+  }
+  return nest;
+}
+
+/// Calls `row(offsets, strides, n)` for rows that together cover the arrays once: n elements, the k-th array's starting at
+/// element offsets[k] with step strides[k]. Rows run in parallel, split by shape alone. Arrays without elements give no row.
+template <std::size_t K, class Row>
+void for_each_row(const std::array<const Array*, K>& arrays, Row&& row) {
+  if (arrays[0]->numel() == 0) return;
+  const LoopNest<K> nest = merge_axes(arrays);
+  const int64_t inner = nest.shape.rank() - 1, length = nest.shape[inner];
+  std::array<int64_t, K> steps;
+  for (std::size_t k = 0; k < K; ++k) steps[k] = nest.strides[k][inner];
+  const int64_t rows = nest.shape.numel() / length;
+  if (rows == 1) {
+    parallel_for(length, task_elements, [&](int64_t begin, int64_t end) {
+      std::array<int64_t, K> offsets;
+      for (std::size_t k = 0; k < K; ++k) offsets[k] = begin * steps[k];
+      row(offsets, steps, end - begin);
+    });
+    return;
+  }
+  parallel_for(rows, std::max<int64_t>(task_elements / length, 1), [&](int64_t begin, int64_t end) {
+    std::array<int64_t, max_rank> index{};
+    std::array<int64_t, K> offsets{};
+    for (int64_t axis = inner - 1, rest = begin; axis >= 0; --axis) {
+      const auto i = static_cast<std::size_t>(axis);
+      index[i] = rest % nest.shape[axis];
+      rest /= nest.shape[axis];
+      for (std::size_t k = 0; k < K; ++k) offsets[k] += index[i] * nest.strides[k][axis];
+    }
+    for (int64_t r = begin; r < end; ++r) {
+      row(offsets, steps, length);
+      for (int64_t axis = inner - 1; axis >= 0; --axis) {
+        const auto i = static_cast<std::size_t>(axis);
+        for (std::size_t k = 0; k < K; ++k) offsets[k] += nest.strides[k][axis];
+        if (++index[i] < nest.shape[axis]) break;
+        for (std::size_t k = 0; k < K; ++k) offsets[k] -= index[i] * nest.strides[k][axis];
+        index[i] = 0;
+      }
+    }
+  });
+}
+
+}  // namespace knock::cpu

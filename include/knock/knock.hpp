@@ -1,0 +1,25 @@
+#pragma once
+// Everything but the trainer side (knock/train.hpp), in the order of the floors.
+
+#include <knock/config.hpp>
+#include <knock/fwd.hpp>
+
+#include <knock/core/error.hpp>
+#include <knock/core/dtype.hpp>
+#include <knock/core/device.hpp>
+#include <knock/core/shape.hpp>
+#include <knock/core/parallel.hpp>
+#include <knock/core/storage.hpp>
+#include <knock/core/philox.hpp>
+#include <knock/core/backend.hpp>
+#include <knock/core/tensor.hpp>
+
+#include <knock/autograd/grad_mode.hpp>
+#include <knock/autograd/node.hpp>
+#include <knock/autograd/view.hpp>
+#include <knock/autograd/engine.hpp>
+#include <knock/autograd/function.hpp>
+#include <knock/autograd/checkpoint.hpp>
+#include <knock/autograd/gradcheck.hpp>
+
+#include <knock/cpu/backend.hpp>
