@@ -9,8 +9,8 @@ namespace knock::autograd {
 /// Whether this thread is inside the second run of a checkpointed function; what counts or logs should not count twice.
 bool is_recomputing();
 
-/// Runs `function(inputs)` without keeping its intermediate tensors; backward runs it again, with the same random numbers,
-/// and differentiates that. Gradients reach the inputs and every leaf that the function uses.
+/// Runs `function(inputs)` without keeping its intermediate tensors; backward runs it again, with the same random
+/// numbers, and differentiates that. Gradients reach the inputs and every leaf that the function uses.
 template <class Function>
 Tensor checkpoint(Function function, const Tensors& inputs);
 

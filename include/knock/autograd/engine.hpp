@@ -1,7 +1,7 @@
 #pragma once
 // The backward pass: visits recorded nodes from the newest to the oldest, so that a node runs once all gradients of its
-// outputs have arrived. A heap replaces recursion: graphs may be as deep as memory allows. What a node saved is freed as
-// soon as it has run, unless retain_graph is set.
+// outputs have arrived. A heap replaces recursion: graphs may be as deep as memory allows. What a node saved is freed
+// as soon as it has run, unless retain_graph is set.
 
 #include <knock/autograd/node.hpp>
 #include <knock/autograd/view.hpp>
@@ -11,8 +11,9 @@ namespace knock::autograd {
 struct GradOptions {
   bool retain_graph = false;  ///< keep what the graph saved
   bool create_graph = false;  ///< record the backward pass (implies retain_graph)
-  bool allow_unused = false;  ///< give an undefined Tensor for an input the outputs do not depend on, instead of an error
-  Tensors upstream = {};      ///< weights of the outputs; ones where absent, which needs a scalar output
+  bool allow_unused =
+      false;              ///< give an undefined Tensor for an input the outputs do not depend on, instead of an error
+  Tensors upstream = {};  ///< weights of the outputs; ones where absent, which needs a scalar output
 };
 
 /// Gradients of the outputs' (weighted) sum with respect to `inputs`, which may be leaves or intermediate tensors.
@@ -34,7 +35,8 @@ namespace detail {
 
 class BackwardPass {
  public:
-  BackwardPass(bool retain_graph, bool create_graph) : retain_graph_(retain_graph || create_graph), recording_(create_graph) {}
+  BackwardPass(bool retain_graph, bool create_graph)
+      : retain_graph_(retain_graph || create_graph), recording_(create_graph) {}
 
   /// Gradients that reach this edge are kept instead of going to a leaf's grad().
   void capture(const Edge& edge) {
@@ -173,11 +175,11 @@ KNOCK_FUNC void start_all(BackwardPass& pass, const char* op, const Tensors& out
         outputs.size(), " outputs");
   for (std::size_t i = 0; i < outputs.size(); ++i) {
     const Tensor& output = outputs[i];
-    check(output.requires_grad(), op, "output ", output, " does not require a gradient: no input of it does, or it was ",
-          "computed under NoGradGuard");
+    check(output.requires_grad(), op, "output ", output,
+          " does not require a gradient: no input of it does, or it was ", "computed under NoGradGuard");
     const Tensor weight = i < upstream.size() ? upstream[i] : Tensor();
-    check(weight.defined() || output.numel() == 1, op, "needs an upstream gradient for an output of more than one element, ",
-          output);
+    check(weight.defined() || output.numel() == 1, op,
+          "needs an upstream gradient for an output of more than one element, ", output);
     check(!weight.defined() || (weight.shape() == output.shape() && weight.dtype() == output.dtype()), op,
           "upstream gradient ", weight, " does not match the output ", output);
     pass.start(gradient_edge(output), weight.defined() ? weight : ones_like(output));

@@ -45,8 +45,8 @@ class Context {
   const Upstream* upstream_ = nullptr;
 };
 
-/// Base of a user-defined function: `Derived` has static `forward(Context&, args...)`, giving a Tensor or Tensors, and static
-/// `backward(Context&, const Tensors& dy) -> Tensors`.
+/// Base of a user-defined function: `Derived` has static `forward(Context&, args...)`, giving a Tensor or Tensors, and
+/// static `backward(Context&, const Tensors& dy) -> Tensors`.
 template <class Derived>
 class Function {
  public:

@@ -11,8 +11,9 @@
 namespace knock::autograd {
 
 struct GradcheckOptions {
-  double step = 1e-6;       ///< h
-  double tolerance = 1e-6;  ///< allowed |analytic - numeric|, relative to max(1, |numeric|, largest |numeric| of that input)
+  double step = 1e-6;  ///< h
+  double tolerance =
+      1e-6;  ///< allowed |analytic - numeric|, relative to max(1, |numeric|, largest |numeric| of that input)
 };
 
 /// Outcome of a gradcheck; `report` names the worst element and its two gradients.
@@ -23,8 +24,8 @@ struct GradcheckResult {
   explicit operator bool() const { return ok; }
 };
 
-/// Checks the gradients of `function` with respect to those of `inputs` that require one. They must be f64 leaves, away from
-/// kinks. The function must give the same value each time; its floating outputs are all checked.
+/// Checks the gradients of `function` with respect to those of `inputs` that require one. They must be f64 leaves, away
+/// from kinks. The function must give the same value each time; its floating outputs are all checked.
 GradcheckResult gradcheck(const std::function<Tensors(const Tensors&)>& function, const Tensors& inputs,
                           GradcheckOptions options = {});
 
@@ -47,7 +48,8 @@ KNOCK_FUNC double weighted_sum(const Tensors& outputs, const std::vector<std::ve
 }
 
 /// Gradient of the weighted sum with respect to one input, element by element, by central differences.
-KNOCK_FUNC std::vector<double> numeric_gradient(const std::function<double()>& value, const Tensor& input, double step) {
+KNOCK_FUNC std::vector<double> numeric_gradient(const std::function<double()>& value, const Tensor& input,
+                                                double step) {
   std::vector<double> gradient;
   const Tensor flat = input.is_contiguous() ? input.detach() : Tensor();
   check(flat.defined(), "gradcheck", "inputs must be contiguous, got ", input);
@@ -95,7 +97,8 @@ KNOCK_FUNC GradcheckResult gradcheck(const std::function<Tensors(const Tensors&)
   GradcheckResult result;
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     const auto numeric = detail::numeric_gradient(value, wanted[i], options.step);
-    const auto exact = analytic[i].defined() ? analytic[i].to_vector<double>() : std::vector<double>(numeric.size(), 0.0);
+    const auto exact =
+        analytic[i].defined() ? analytic[i].to_vector<double>() : std::vector<double>(numeric.size(), 0.0);
     double scale = 1;
     for (const double g : numeric) scale = std::max(scale, std::abs(g));
     for (std::size_t j = 0; j < numeric.size(); ++j) {

@@ -144,7 +144,8 @@ class OpNode final : public Node {
  public:
   OpNode(const char* op, Backward backward) : Node(op), backward_(std::move(backward)) {}
   Tensors apply(const Upstream& upstream) override {
-    check(backward_.has_value(), name_, "backward runs a second time, but what it saved was freed by the first; "
+    check(backward_.has_value(), name_,
+          "backward runs a second time, but what it saved was freed by the first; "
           "pass {.retain_graph = true} to the first backward");
     return (*backward_)(upstream);
   }
@@ -167,12 +168,13 @@ std::shared_ptr<T> make_node(Args&&... args) {
   return std::shared_ptr<T>(new T(std::forward<Args>(args)...), detail::retire);
 }
 
-/// Records that `op` made the outputs from the inputs. `backward(const Upstream&) -> Tensors` gives one gradient per input.
-/// Nothing is kept when recording is off or no input requires a gradient. Integer outputs take no gradient.
+/// Records that `op` made the outputs from the inputs. `backward(const Upstream&) -> Tensors` gives one gradient per
+/// input. Nothing is kept when recording is off or no input requires a gradient. Integer outputs take no gradient.
 template <class Backward>
 void record(const char* op, std::span<const Tensor> outputs, std::span<const Tensor> inputs, Backward&& backward) {
   if (!detail::wants_recording(inputs)) return;
-  detail::connect(make_node<detail::OpNode<std::decay_t<Backward>>>(op, std::forward<Backward>(backward)), outputs, inputs);
+  detail::connect(make_node<detail::OpNode<std::decay_t<Backward>>>(op, std::forward<Backward>(backward)), outputs,
+                  inputs);
 }
 template <class Backward>
 Tensor record(const char* op, const Tensor& output, std::initializer_list<Tensor> inputs, Backward&& backward) {
@@ -191,8 +193,8 @@ void record(const char* op, std::initializer_list<Tensor> outputs, std::initiali
          std::forward<Backward>(backward));
 }
 
-/// Makes a view of x with the given geometry (offset in elements from x's own first element) and notes its base, so that
-/// in-place writes to either are followed.
+/// Makes a view of x with the given geometry (offset in elements from x's own first element) and notes its base, so
+/// that in-place writes to either are followed.
 Tensor make_view(const Tensor& x, const Shape& shape, const Strides& strides, int64_t offset);
 
 /// make_view, recorded: `backward` gives x's gradient.
@@ -202,10 +204,12 @@ Tensor record_view(const char* op, const Tensor& x, const Shape& shape, const St
   return record(op, make_view(x, shape, strides, offset), {x}, std::forward<Backward>(backward));
 }
 
-/// For in-place ops. `result` was computed with recording on from `self.clone()`, and its elements were written into self:
-/// self (and the tensor it is a view of) now has the history of result. Error for a leaf that requires a gradient.
+/// For in-place ops. `result` was computed with recording on from `self.clone()`, and its elements were written into
+/// self: self (and the tensor it is a view of) now has the history of result. Error for a leaf that requires a
+/// gradient.
 void rebase_history(const char* op, const Tensor& self, const Tensor& result);
-/// Error when `self` must not be written in place: a leaf that requires a gradient while recording, or overlapping strides.
+/// Error when `self` must not be written in place: a leaf that requires a gradient while recording, or overlapping
+/// strides.
 void check_writable(const char* op, const Tensor& self);
 /// Whether writing `self` in place from `sources` changes the recorded graph.
 bool write_changes_graph(const Tensor& self, std::initializer_list<Tensor> sources);
@@ -247,7 +251,8 @@ KNOCK_FUNC uint64_t next_sequence() {
   return ++counter;
 }
 
-// Deleting a node drops its edges, which may be the last owners of other nodes: those queue up here instead of recursing.
+// Deleting a node drops its edges, which may be the last owners of other nodes: those queue up here instead of
+// recursing.
 KNOCK_FUNC void retire(Node* node) {
   static thread_local std::vector<Node*>* pending = nullptr;
   if (pending) {
@@ -367,13 +372,14 @@ KNOCK_FUNC Saved::Saved(const Tensor& tensor) : tensor_(tensor) {
 KNOCK_FUNC Tensor Saved::get(const Upstream& up) const {
   if (!tensor_.defined()) return {};
   const Storage& storage = *tensor_.impl().storage;
-  check(storage.version.load(std::memory_order_relaxed) == version_, up.node().name(),
-        "backward needs a tensor ", tensor_, " that ", storage.last_write.load(std::memory_order_relaxed),
-        " changed in place after ", up.node().name(), " saved it; use a copy (clone()) or the out-of-place op");
+  check(storage.version.load(std::memory_order_relaxed) == version_, up.node().name(), "backward needs a tensor ",
+        tensor_, " that ", storage.last_write.load(std::memory_order_relaxed), " changed in place after ",
+        up.node().name(), " saved it; use a copy (clone()) or the out-of-place op");
   return tensor_;
 }
 
-KNOCK_FUNC SavedOutput::SavedOutput(const Tensor& output, int64_t index) : Saved(detail::alias(output)), index_(index) {}
+KNOCK_FUNC SavedOutput::SavedOutput(const Tensor& output, int64_t index)
+    : Saved(detail::alias(output)), index_(index) {}
 
 KNOCK_FUNC Tensor SavedOutput::get(const Upstream& up) const {
   Tensor output = Saved::get(up);

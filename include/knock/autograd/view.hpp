@@ -3,15 +3,15 @@
 //
 // A view remembers its base (the tensor that owns the storage). A write into a view v of b is, for gradients,
 //   b' = scatter(b, v'),  v' = the written values,
-// and every other view of b is, from then on, a strided look into b'. Its stale history is replaced when it is next used:
-// the storage's version tells.
+// and every other view of b is, from then on, a strided look into b'. Its stale history is replaced when it is next
+// used: the storage's version tells.
 
 #include <knock/autograd/node.hpp>
 
 namespace knock::autograd {
 
-/// x's elements seen through `shape`, `strides` and `offset` (in elements of x's storage). The gradient is exact for views
-/// without overlap; overlapping ones are refused where a gradient would flow.
+/// x's elements seen through `shape`, `strides` and `offset` (in elements of x's storage). The gradient is exact for
+/// views without overlap; overlapping ones are refused where a gradient would flow.
 Tensor as_strided(const Tensor& x, const Shape& shape, const Strides& strides, int64_t offset);
 
 }  // namespace knock::autograd
@@ -73,8 +73,10 @@ KNOCK_FUNC Tensor gather_view(const Tensor& gradient, const Geometry& view) {
   const Geometry shifted{view.shape, view.strides, view.offset + dense.impl().offset};
   raw_copy(part, look(dense, shifted));
   return record("as_strided", part, {gradient},
-                [view, shape = gradient.shape(), dtype = gradient.dtype(), device = gradient.device()](
-                    const Upstream& up) -> Tensors { return {scatter_view(zeros(shape, {dtype, device}), up.dy(), view)}; });
+                [view, shape = gradient.shape(), dtype = gradient.dtype(),
+                 device = gradient.device()](const Upstream& up) -> Tensors {
+                  return {scatter_view(zeros(shape, {dtype, device}), up.dy(), view)};
+                });
 }
 
 KNOCK_FUNC Tensor scatter_view(const Tensor& base, const Tensor& part, const Geometry& view) {
@@ -130,15 +132,16 @@ KNOCK_FUNC Tensor make_view(const Tensor& x, const Shape& shape, const Strides& 
 
 KNOCK_FUNC Tensor as_strided(const Tensor& x, const Shape& shape, const Strides& strides, int64_t offset) {
   const detail::Geometry geometry{shape, strides, offset};
-  return record("as_strided", make_view(x, shape, strides, offset - x.impl().offset), {x},
-                [geometry, base_shape = x.shape(), dense = x.is_contiguous() && x.impl().offset == 0](
-                    const Upstream& up) -> Tensors {
-                  check(dense, "as_strided", "gradient through an in-place write needs a base that is dense; clone() it");
-                  check(!detail::overlaps(geometry.shape, geometry.strides), "as_strided",
-                        "gradient through an in-place write to what an expanded view looks at is ambiguous; clone() first");
-                  const Tensor dy = up.dy();
-                  return {detail::scatter_view(zeros(base_shape, {dy.dtype(), dy.device()}), dy, geometry)};
-                });
+  return record(
+      "as_strided", make_view(x, shape, strides, offset - x.impl().offset), {x},
+      [geometry, base_shape = x.shape(),
+       dense = x.is_contiguous() && x.impl().offset == 0](const Upstream& up) -> Tensors {
+        check(dense, "as_strided", "gradient through an in-place write needs a base that is dense; clone() it");
+        check(!detail::overlaps(geometry.shape, geometry.strides), "as_strided",
+              "gradient through an in-place write to what an expanded view looks at is ambiguous; clone() first");
+        const Tensor dy = up.dy();
+        return {detail::scatter_view(zeros(base_shape, {dy.dtype(), dy.device()}), dy, geometry)};
+      });
 }
 
 KNOCK_FUNC Edge gradient_edge(const Tensor& tensor) {
@@ -162,8 +165,8 @@ KNOCK_FUNC void check_writable(const char* op, const Tensor& self) {
   if (!is_recording()) return;
   const auto& meta = self.impl().meta;
   const Tensor owner = meta && meta->base ? Tensor(meta->base) : self;
-  check(!owner.requires_grad() || !owner.is_leaf(), op, "cannot write in place to a leaf that requires a gradient, ", self,
-        "; put the write under NoGradGuard, or use the out-of-place op");
+  check(!owner.requires_grad() || !owner.is_leaf(), op, "cannot write in place to a leaf that requires a gradient, ",
+        self, "; put the write under NoGradGuard, or use the out-of-place op");
 }
 
 KNOCK_FUNC bool write_changes_graph(const Tensor& self, std::initializer_list<Tensor> sources) {
@@ -186,7 +189,8 @@ KNOCK_FUNC void rebase_history(const char* op, const Tensor& self, const Tensor&
   Meta& meta = meta_of(self);
   if (!meta.base) return adopt(self, result);
   const Tensor base(meta.base);
-  check(meta.tracked, op, "in-place write to a view that was made with recording off cannot be recorded; make the view ",
+  check(meta.tracked, op,
+        "in-place write to a view that was made with recording off cannot be recorded; make the view ",
         "outside the NoGradGuard");
   check(base.is_contiguous() && base.impl().offset == 0, op,
         "in-place write to a view of a tensor that is not dense cannot be recorded; clone() it first");

@@ -12,7 +12,8 @@
 
 namespace knock {
 
-/// What a kernel sees of a tensor. Strides are in elements; a broadcast axis has stride 0, a flipped one a negative stride.
+/// What a kernel sees of a tensor. Strides are in elements; a broadcast axis has stride 0, a flipped one a negative
+/// stride.
 struct Array {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -50,14 +51,15 @@ enum class Reduce : uint8_t { sum, mean, prod, max, min, any, all };
 enum class ArgReduce : uint8_t { max, min };
 enum class Scan : uint8_t { sum, prod };
 
-/// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise arrays
-/// may have any strides and the arrays of one call have the same shape.
+/// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise
+/// arrays may have any strides and the arrays of one call have the same shape.
 struct Backend {
   // Filling and copying (any dtype)
   void (*fill)(const Array& out, Scalar value) = nullptr;
   void (*copy)(const Array& out, const Array& in) = nullptr;  ///< converts; rounds floats to integers towards zero
   void (*arange)(const Array& out, Scalar start, Scalar step) = nullptr;  ///< out (N)
-  /// uniform in [a, b), normal with mean a and deviation b, integers in [a, b). Element i uses Philox counter i of `state`.
+  /// uniform in [a, b), normal with mean a and deviation b, integers in [a, b). Element i uses Philox counter i of
+  /// `state`.
   void (*random)(Random kind, RngState state, double a, double b, const Array& out) = nullptr;
 
   // Pointwise

@@ -61,7 +61,7 @@ constexpr DType dtype_of() {
 /// The C++ types that are elements of a tensor.
 template <class T>
 concept Element = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, bf16> ||
-                  std::is_same_v<T, int32_t> || std::is_same_v<T, int64_t> || std::is_same_v<T, uint8_t>;
+    std::is_same_v<T, int32_t> || std::is_same_v<T, int64_t> || std::is_same_v<T, uint8_t>;
 
 /// The type arithmetic is done in: f32 for bf16, the type itself otherwise.
 template <class T>
@@ -75,10 +75,14 @@ using accumulate_t = std::conditional_t<std::is_same_v<T, bf16> || std::is_float
 template <class Body>
 decltype(auto) dispatch_float(DType dtype, std::string_view where, Body&& body) {
   switch (dtype) {
-    case DType::f32: return body(Type<float>{});
-    case DType::f64: return body(Type<double>{});
-    case DType::bf16: return body(Type<bf16>{});
-    default: fail(where, "needs a floating dtype (f32, f64, bf16), got ", dtype, "; convert with .to(DType::f32)");
+    case DType::f32:
+      return body(Type<float>{});
+    case DType::f64:
+      return body(Type<double>{});
+    case DType::bf16:
+      return body(Type<bf16>{});
+    default:
+      fail(where, "needs a floating dtype (f32, f64, bf16), got ", dtype, "; convert with .to(DType::f32)");
   }
 }
 
@@ -86,10 +90,14 @@ decltype(auto) dispatch_float(DType dtype, std::string_view where, Body&& body) 
 template <class Body>
 decltype(auto) dispatch_int(DType dtype, std::string_view where, Body&& body) {
   switch (dtype) {
-    case DType::i32: return body(Type<int32_t>{});
-    case DType::i64: return body(Type<int64_t>{});
-    case DType::u8: return body(Type<uint8_t>{});
-    default: fail(where, "needs an integer dtype (i32, i64, u8), got ", dtype);
+    case DType::i32:
+      return body(Type<int32_t>{});
+    case DType::i64:
+      return body(Type<int64_t>{});
+    case DType::u8:
+      return body(Type<uint8_t>{});
+    default:
+      fail(where, "needs an integer dtype (i32, i64, u8), got ", dtype);
   }
 }
 
@@ -97,12 +105,18 @@ decltype(auto) dispatch_int(DType dtype, std::string_view where, Body&& body) {
 template <class Body>
 decltype(auto) dispatch_all(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::f32: return body(Type<float>{});
-    case DType::f64: return body(Type<double>{});
-    case DType::bf16: return body(Type<bf16>{});
-    case DType::i32: return body(Type<int32_t>{});
-    case DType::i64: return body(Type<int64_t>{});
-    case DType::u8: break;
+    case DType::f32:
+      return body(Type<float>{});
+    case DType::f64:
+      return body(Type<double>{});
+    case DType::bf16:
+      return body(Type<bf16>{});
+    case DType::i32:
+      return body(Type<int32_t>{});
+    case DType::i64:
+      return body(Type<int64_t>{});
+    case DType::u8:
+      break;
   }
   return body(Type<uint8_t>{});
 }
@@ -125,11 +139,10 @@ struct Scalar {
 
   Scalar() = default;
   template <class T>
-    requires std::is_integral_v<T>
-  Scalar(T value) : real(static_cast<double>(value)), integer(static_cast<int64_t>(value)) {}
+  requires std::is_integral_v<T> Scalar(T value)
+      : real(static_cast<double>(value)), integer(static_cast<int64_t>(value)) {}
   template <class T>
-    requires std::is_floating_point_v<T>
-  Scalar(T value) : real(static_cast<double>(value)), integral(false) {}
+  requires std::is_floating_point_v<T> Scalar(T value) : real(static_cast<double>(value)), integral(false) {}
 
   template <class T>
   T to() const {

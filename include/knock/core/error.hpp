@@ -25,7 +25,7 @@ namespace detail {
 inline void append_text(std::string& out, std::string_view text) { out.append(text); }
 
 template <class T>
-  requires std::is_arithmetic_v<T>
+requires std::is_arithmetic_v<T>
 void append_text(std::string& out, T value) {
   if constexpr (std::is_same_v<T, bool>) {
     out.append(value ? "true" : "false");
@@ -40,10 +40,8 @@ void append_text(std::string& out, T value) {
 
 /// Anything with a `to_text` found by argument-dependent look-up (Shape, DType, Device, Tensor) can be printed.
 template <class T>
-  requires requires(const T& value) { std::string_view(to_text(value)); }
-void append_text(std::string& out, const T& value) {
-  out.append(to_text(value));
-}
+requires requires(const T& value) { std::string_view(to_text(value)); }
+void append_text(std::string& out, const T& value) { out.append(to_text(value)); }
 
 }  // namespace detail
 

@@ -1,7 +1,7 @@
 #pragma once
-// Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC 2011). Element i of a random tensor depends on (seed, stream offset, i) alone, so the bits are the same for any number
-// of threads and on every device.
+// Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2,
+// 3", SC 2011). Element i of a random tensor depends on (seed, stream offset, i) alone, so the bits are the same for
+// any number of threads and on every device.
 
 #include <knock/config.hpp>
 

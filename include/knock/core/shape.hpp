@@ -19,11 +19,12 @@ class Shape {
   Shape() = default;
   Shape(std::initializer_list<int64_t> extents) : Shape(extents.begin(), extents.end()) {}
   template <class Range>
-    requires(!std::is_same_v<std::remove_cvref_t<Range>, Shape> && requires(const Range& r) {
-      static_cast<int64_t>(*std::begin(r));
-      std::end(r);
-    })
-  explicit Shape(const Range& extents) : Shape(std::begin(extents), std::end(extents)) {}
+  requires(!std::is_same_v<std::remove_cvref_t<Range>, Shape> &&
+           requires(const Range& r) {
+             static_cast<int64_t>(*std::begin(r));
+             std::end(r);
+           }) explicit Shape(const Range& extents)
+      : Shape(std::begin(extents), std::end(extents)) {}
   template <class Iterator>
   Shape(Iterator first, Iterator last) {
     for (; first != last; ++first) push_back(static_cast<int64_t>(*first));
@@ -80,7 +81,8 @@ using Strides = Shape;
 
 inline std::string to_text(const Shape& shape) {
   std::string out = "(";
-  for (int64_t i = 0; i < shape.rank(); ++i) detail::append_text(out, i ? ", " : ""), detail::append_text(out, shape[i]);
+  for (int64_t i = 0; i < shape.rank(); ++i)
+    detail::append_text(out, i ? ", " : ""), detail::append_text(out, shape[i]);
   return out += shape.rank() == 1 ? ",)" : ")";
 }
 

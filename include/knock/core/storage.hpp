@@ -43,7 +43,7 @@ struct Storage {
   void* data = nullptr;
   int64_t bytes = 0;
   Device device;
-  std::atomic<uint32_t> version{0};                    ///< number of in-place writes so far
+  std::atomic<uint32_t> version{0};                     ///< number of in-place writes so far
   std::atomic<const char*> last_write{"construction"};  ///< the op that wrote last
 
   /// Notes an in-place write by `op`, a string literal.
@@ -98,7 +98,7 @@ class CachingAllocator {
       free_[index].push_back(block);
       stats_.bytes_cached += class_bytes(index);
     } catch (...) {
-      ::operator delete(block, std::align_val_t{alignment});
+      ::operator delete (block, std::align_val_t{alignment});
     }
   }
 
@@ -139,10 +139,10 @@ class CachingAllocator {
   void* from_system(int64_t bytes) {
     ++stats_.system_allocations;
     const auto size = static_cast<std::size_t>(bytes);
-    void* block = ::operator new(size, std::align_val_t{alignment}, std::nothrow);
+    void* block = ::operator new (size, std::align_val_t{alignment}, std::nothrow);
     if (!block) {
       release_cached_locked();
-      block = ::operator new(size, std::align_val_t{alignment}, std::nothrow);
+      block = ::operator new (size, std::align_val_t{alignment}, std::nothrow);
     }
     check(block != nullptr, "memory", "out of memory: asked for ", bytes, " bytes with ", stats_.bytes_in_use,
           " in use (peak ", stats_.peak_bytes, ")");
@@ -151,7 +151,7 @@ class CachingAllocator {
 
   void release_cached_locked() {
     for (auto& blocks : free_) {
-      for (void* block : blocks) ::operator delete(block, std::align_val_t{alignment});
+      for (void* block : blocks) ::operator delete (block, std::align_val_t{alignment});
       blocks.clear();
     }
     stats_.bytes_cached = 0;
@@ -163,7 +163,8 @@ class CachingAllocator {
 };
 
 inline void check_cpu(Device device) {
-  check(device.kind == DeviceKind::cpu, "device", device, " asked for, but no CUDA back-end is linked into this program");
+  check(device.kind == DeviceKind::cpu, "device", device,
+        " asked for, but no CUDA back-end is linked into this program");
 }
 
 }  // namespace detail

@@ -74,9 +74,7 @@ class Tensor {
     check(dtype_of<T>() == dtype(), "data", "asked for ", dtype_of<T>(), " elements of a tensor ", *this);
     return static_cast<T*>(raw_data());
   }
-  void* raw_data() const {
-    return static_cast<char*>(impl().storage->data) + impl().offset * size_of(impl().dtype);
-  }
+  void* raw_data() const { return static_cast<char*>(impl().storage->data) + impl().offset * size_of(impl().dtype); }
   /// What kernels see of this tensor.
   Array array() const { return {raw_data(), dtype(), shape(), strides()}; }
 
@@ -127,10 +125,8 @@ class Tensor {
   Tensor to(DType dtype) const;
   Tensor to(Device device) const;
   template <class Name>
-    requires std::convertible_to<Name, std::string_view>
-  Tensor to(const Name& device) const {
-    return to(Device(std::string_view(device)));
-  }
+  requires std::convertible_to<Name, std::string_view> Tensor to(const Name& device)
+  const { return to(Device(std::string_view(device))); }
 
   // In-place writes (ops/inplace.hpp). They count as a write for every view of the storage; autograd follows them or
   // refuses them, and refuses to use a value saved before the write.
@@ -235,8 +231,7 @@ Tensor from_bytes(const void* data, int64_t count, DType dtype, const Shape& sha
 
 /// A tensor that copies `values`; their number must match the shape. `bool` becomes u8.
 template <class T>
-  requires Element<std::remove_const_t<T>>
-Tensor from_data(std::span<T> values, const Shape& shape) {
+requires Element<std::remove_const_t<T>> Tensor from_data(std::span<T> values, const Shape& shape) {
   return detail::from_bytes(values.data(), static_cast<int64_t>(values.size()), dtype_of<T>(), shape);
 }
 template <Element T>
@@ -252,7 +247,7 @@ inline Tensor scalar_tensor(Scalar value, TensorOptions options = {}) { return f
 
 /// The kernel of an op on the tensor's device; an error when that device has none.
 template <class Entry>
-Entry kernel(Entry Backend::* entry, std::string_view op, const Tensor& x) {
+Entry kernel(Entry Backend::*entry, std::string_view op, const Tensor& x) {
   const Entry function = backend(x.device()).*entry;
   check(function != nullptr, op, "no kernel for ", x.dtype(), " on ", x.device());
   return function;
@@ -376,7 +371,8 @@ KNOCK_FUNC Tensor randn(const Shape& shape, TensorOptions options) {
 }
 KNOCK_FUNC Tensor randint(int64_t low, int64_t high, const Shape& shape, TensorOptions options) {
   check(low < high, "randint", "low ", low, " must be below high ", high);
-  return detail::random("randint", Random::integer, static_cast<double>(low), static_cast<double>(high), shape, options);
+  return detail::random("randint", Random::integer, static_cast<double>(low), static_cast<double>(high), shape,
+                        options);
 }
 
 KNOCK_FUNC Tensor empty_like(const Tensor& like) { return empty(like.shape(), {like.dtype(), like.device()}); }

@@ -72,8 +72,8 @@ KNOCK_FUNC void arange(const Array& out, Scalar start, Scalar step) {
   dispatch_all(out.dtype, [&]<class T>(Type<T>) {
     T* to = out.as<T>();
     const int64_t n = out.numel(), stride = out.rank() ? out.strides[0] : 1;
-    if (std::is_integral_v<T> && start.integral && step.integral) {
-      for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<T>(start.integer + i * step.integer);
+    if constexpr (std::is_integral_v<T>) {
+      for (int64_t i = 0; i < n; ++i) to[i * stride] = static_cast<T>(start.to<int64_t>() + i * step.to<int64_t>());
     } else {
       for (int64_t i = 0; i < n; ++i)
         to[i * stride] = detail::convert<T>(start.real + static_cast<double>(i) * step.real);

@@ -1,6 +1,6 @@
 #pragma once
-// Walks several arrays of one shape together, in rows: axes that all arrays step through evenly are merged, so that dense
-// arrays become one row and broadcast or transposed ones as few and as long rows as possible.
+// Walks several arrays of one shape together, in rows: axes that all arrays step through evenly are merged, so that
+// dense arrays become one row and broadcast or transposed ones as few and as long rows as possible.
 
 #include <knock/core/backend.hpp>
 #include <knock/core/parallel.hpp>
@@ -51,8 +51,9 @@ LoopNest<K> merge_axes(const std::array<const Array*, K>& arrays) {
   return nest;
 }
 
-/// Calls `row(offsets, strides, n)` for rows that together cover the arrays once: n elements, the k-th array's starting at
-/// element offsets[k] with step strides[k]. Rows run in parallel, split by shape alone. Arrays without elements give no row.
+/// Calls `row(offsets, strides, n)` for rows that together cover the arrays once: n elements, the k-th array's starting
+/// at element offsets[k] with step strides[k]. Rows run in parallel, split by shape alone. Arrays without elements give
+/// no row.
 template <std::size_t K, class Row>
 void for_each_row(const std::array<const Array*, K>& arrays, Row&& row) {
   if (arrays[0]->numel() == 0) return;
