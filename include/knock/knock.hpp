@@ -22,4 +22,6 @@
 #include <knock/autograd/checkpoint.hpp>
 #include <knock/autograd/gradcheck.hpp>
 
+#include <knock/ops/view.hpp>
+
 #include <knock/cpu/backend.hpp>
