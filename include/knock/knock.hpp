@@ -23,5 +23,6 @@
 #include <knock/autograd/gradcheck.hpp>
 
 #include <knock/ops/view.hpp>
+#include <knock/ops/matmul.hpp>
 
 #include <knock/cpu/backend.hpp>

@@ -74,6 +74,11 @@ struct Backend {
   void (*reduce)(Reduce op, const Array& x, int64_t axes, const Array& out) = nullptr;
   void (*arg_reduce)(ArgReduce op, const Array& x, const Array& out) = nullptr;
   void (*scan)(Scan op, const Array& x, const Array& out) = nullptr;
+
+  // Products
+  /// out = alpha a b + beta c, floating dtypes. a (..., M, K), b (..., K, N), out (..., M, N) dense; c as out, and not read
+  /// when beta is 0; it may be out itself.
+  void (*gemm)(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) = nullptr;
 };
 
 /// The table of a device's kind; an error when no such back-end is linked in.

@@ -5,6 +5,7 @@
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_BACKEND)
 #include <knock/cpu/copy.hpp>
+#include <knock/cpu/gemm.hpp>
 
 namespace knock {
 
@@ -17,6 +18,7 @@ KNOCK_FUNC const Backend& table() {
     b.copy = copy;
     b.arange = arange;
     b.random = random;
+    b.gemm = gemm;
     return b;
   }();
   return kernels;
@@ -25,7 +27,8 @@ KNOCK_FUNC const Backend& table() {
 }  // namespace cpu
 
 KNOCK_FUNC const Backend& backend(Device device) {
-  check(device.kind == DeviceKind::cpu, "backend", device, " asked for, but no CUDA back-end is linked into this program");
+  check(device.kind == DeviceKind::cpu, "backend", device,
+        " asked for, but no CUDA back-end is linked into this program");
   return cpu::table();
 }
 

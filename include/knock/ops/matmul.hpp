@@ -1,0 +1,401 @@
+#pragma once
+// Products of matrices: matmul and its relatives, linear, einsum.
+//
+//   y = a b        da = dy b^T        db = a^T dy
+//
+// The gradients are made of products themselves, so they can be differentiated again. Where b is one matrix for all of
+// a's leading axes, both y and db are one large product.
+
+#include <knock/autograd/node.hpp>
+#include <knock/core/tensor.hpp>
+#include <knock/ops/view.hpp>
+
+#include <string_view>
+
+namespace knock {
+
+/// Matrix product with PyTorch's rules: (..., M, K) x (..., K, N) -> (..., M, N), leading axes broadcast; a vector on
+/// the left counts as a row, on the right as a column, and its axis is dropped from the result; two vectors give a
+/// scalar. f32, f64, bf16 (accumulated in f32); both of one dtype.
+///
+///   Tensor y = matmul(randn({8, 64, 32}), randn({32, 16}));   // (8, 64, 16)
+Tensor matmul(const Tensor& a, const Tensor& b);
+/// (B, M, K) x (B, K, N) -> (B, M, N), without broadcasting.
+Tensor bmm(const Tensor& a, const Tensor& b);
+/// (M, K) x (K, N) -> (M, N).
+Tensor mm(const Tensor& a, const Tensor& b);
+/// (M, K) x (K) -> (M).
+Tensor mv(const Tensor& a, const Tensor& x);
+/// (K) x (K) -> ().
+Tensor dot(const Tensor& a, const Tensor& b);
+/// a_i b_j: (M) x (N) -> (M, N), any dtype.
+Tensor outer(const Tensor& a, const Tensor& b);
+/// beta * input + alpha * a b; input broadcasts to (M, N) and is not read when beta is 0.
+Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta = 1, double alpha = 1);
+/// x w^T + bias: x (..., in), weight (out, in), bias (out) or undefined -> (..., out).
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
+
+/// Sum of products named by letters, as in PyTorch and NumPy: repeated letters in one operand take the diagonal,
+/// letters missing after "->" are summed, "..." stands for any leading axes and broadcasts. Without "->" the result has
+/// the ellipsis, then the letters that occur once, in alphabetical order. Operands are contracted from left to right.
+///
+///   Tensor scores = einsum("bqhd,bkhd->bhqk", {q, k});
+Tensor einsum(std::string_view equation, const Tensors& operands);
+
+}  // namespace knock
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MATMUL)
+#include <algorithm>
+#include <array>
+#include <string>
+
+namespace knock {
+namespace detail {
+
+KNOCK_FUNC void check_operands(const char* op, const Tensor& a, const Tensor& b) {
+  check(is_float(a.dtype()) && is_float(b.dtype()), op, "needs floating operands: lhs ", a, ", rhs ", b,
+        "; convert with .to(DType::f32)");
+  check(a.dtype() == b.dtype(), op, "dtypes differ: lhs ", a, ", rhs ", b,
+        "; convert one of them with .to(DType::...)");
+  check_same_device(op, {a, b});
+}
+
+KNOCK_FUNC Shape leading(const Shape& shape, int64_t dropped) { return Shape(shape.begin(), shape.end() - dropped); }
+
+/// x (..., N) seen as (rows, N).
+KNOCK_FUNC Tensor as_rows(const Tensor& x) {
+  return x.rank() == 2 ? x : x.reshape({leading(x.shape(), 1).numel(), x.shape().back()});
+}
+
+/// The same for a kernel: x is dense or of rank 2.
+KNOCK_FUNC Array rows_of(const Tensor& x) {
+  if (x.rank() == 2) return x.array();
+  const int64_t n = x.shape().back();
+  return {x.raw_data(), x.dtype(), {leading(x.shape(), 1).numel(), n}, {n, 1}};
+}
+
+KNOCK_FUNC Array transposed(const Array& x) {
+  return {x.data, x.dtype, {x.shape[1], x.shape[0]}, {x.strides[1], x.strides[0]}};
+}
+
+/// alpha a b + beta c for arrays of rank >= 2, not recorded. c broadcasts to the result.
+KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, double alpha = 1, double beta = 0,
+                          const Tensor& c = {}) {
+  const int64_t m = a.size(-2), k = a.size(-1), n = b.size(-1);
+  Shape batch = broadcast(leading(a.shape(), 2), leading(b.shape(), 2), op);
+  const auto with = [&](int64_t rows, int64_t cols) {
+    Shape shape = batch;
+    shape.push_back(rows);
+    shape.push_back(cols);
+    return shape;
+  };
+  const Shape shape = with(m, n);
+  Tensor out = empty(shape, {a.dtype(), a.device()});
+  kernel(&Backend::gemm, op, a)(alpha, a.array().expand(with(m, k)), b.array().expand(with(k, n)), beta,
+                                beta != 0 ? c.array().expand(shape) : Array{}, out.array());
+  return out;
+}
+
+/// a (..., M, K) x b (..., K, N), both of rank >= 2.
+KNOCK_FUNC Tensor matrix_product(const char* op, const Tensor& a, const Tensor& b) {
+  Tensor y = product(op, a, b);  // (..., M, N)
+  return autograd::record(op, y, {a, b},
+                          [sa = autograd::Saved(a), sb = autograd::Saved(b)](const autograd::Upstream& up) -> Tensors {
+                            const Tensor dy = up.dy(), x = sa.get(up), w = sb.get(up);
+                            Tensors gradients(2);
+                            if (up.needs(0)) gradients[0] = sum_to(matmul(dy, w.transpose(-2, -1)), x.shape());
+                            if (!up.needs(1)) return gradients;
+                            if (w.rank() == 2) {
+                              gradients[1] = matmul(as_rows(x).t(), as_rows(dy));
+                            } else {
+                              gradients[1] = sum_to(matmul(x.transpose(-2, -1), dy), w.shape());
+                            }
+                            return gradients;
+                          });
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor matmul(const Tensor& a, const Tensor& b) {
+  detail::check_operands("matmul", a, b);
+  check(a.rank() > 0 && b.rank() > 0, "matmul", "needs operands of rank 1 or more: lhs ", a, ", rhs ", b);
+  check(a.size(-1) == b.size(b.rank() == 1 ? 0 : -2), "matmul", "inner dimensions differ: lhs ", a, ", rhs ", b);
+  if (a.rank() == 1) {
+    const Tensor y = matmul(a.unsqueeze(0), b);  // (..., 1, N) or (1)
+    return b.rank() == 1 ? y.reshape({}) : y.squeeze(-2);
+  }
+  if (b.rank() == 1) return detail::matrix_product("matmul", a, b.unsqueeze(1)).squeeze(-1);
+  return detail::matrix_product("matmul", a, b);
+}
+
+KNOCK_FUNC Tensor bmm(const Tensor& a, const Tensor& b) {
+  check(a.rank() == 3 && b.rank() == 3 && a.size(0) == b.size(0), "bmm", "needs (B, M, K) and (B, K, N): lhs ", a,
+        ", rhs ", b, "; matmul broadcasts");
+  return matmul(a, b);
+}
+
+KNOCK_FUNC Tensor mm(const Tensor& a, const Tensor& b) {
+  check(a.rank() == 2 && b.rank() == 2, "mm", "needs two matrices: lhs ", a, ", rhs ", b, "; matmul takes other ranks");
+  return matmul(a, b);
+}
+
+KNOCK_FUNC Tensor mv(const Tensor& a, const Tensor& x) {
+  check(a.rank() == 2 && x.rank() == 1, "mv", "needs a matrix and a vector: lhs ", a, ", rhs ", x);
+  return matmul(a, x);
+}
+
+KNOCK_FUNC Tensor dot(const Tensor& a, const Tensor& b) {
+  check(a.rank() == 1 && b.rank() == 1, "dot", "needs two vectors: lhs ", a, ", rhs ", b);
+  return matmul(a, b);
+}
+
+KNOCK_FUNC Tensor outer(const Tensor& a, const Tensor& b) {
+  check(a.rank() == 1 && b.rank() == 1, "outer", "needs two vectors: lhs ", a, ", rhs ", b);
+  return a.unsqueeze(1) * b.unsqueeze(0);
+}
+
+KNOCK_FUNC Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  detail::check_operands("addmm", a, b);
+  detail::check_operands("addmm", input, a);
+  check(a.rank() == 2 && b.rank() == 2, "addmm", "needs two matrices: lhs ", a, ", rhs ", b);
+  check(a.size(1) == b.size(0), "addmm", "inner dimensions differ: lhs ", a, ", rhs ", b);
+  const Shape shape{a.size(0), b.size(1)};
+  check(broadcast(input.shape(), shape, "addmm") == shape, "addmm", "input ", input, " does not broadcast to ", shape);
+  Tensor y = detail::product("addmm", a, b, alpha, beta, input);  // (M, N)
+  return autograd::record("addmm", y, {input, a, b},
+                          [sa = autograd::Saved(a), sb = autograd::Saved(b), bias = input.shape(), alpha,
+                           beta](const autograd::Upstream& up) -> Tensors {
+                            const Tensor dy = up.dy();
+                            Tensors gradients(3);
+                            if (up.needs(0)) gradients[0] = detail::sum_to(dy, bias) * beta;
+                            if (up.needs(1)) gradients[1] = matmul(dy, sb.get(up).t()) * alpha;
+                            if (up.needs(2)) gradients[2] = matmul(sa.get(up).t(), dy) * alpha;
+                            return gradients;
+                          });
+}
+
+KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  detail::check_operands("linear", x, weight);
+  check(x.rank() >= 1 && weight.rank() == 2, "linear", "needs x (..., in) and weight (out, in): x ", x, ", weight ",
+        weight);
+  check(x.shape().back() == weight.size(1), "linear", "inner dimensions differ: x ", x, ", weight ", weight,
+        " which is (out, in)");
+  if (bias.defined()) {
+    detail::check_operands("linear", x, bias);
+    check(bias.shape() == Shape{weight.size(0)}, "linear", "bias ", bias, " does not match the rows of weight ",
+          weight);
+  }
+  Shape shape = detail::leading(x.shape(), 1);
+  shape.push_back(weight.size(0));
+  Tensor y = empty(shape, {x.dtype(), x.device()});  // (..., out)
+  const Tensor dense = x.rank() == 2 ? x : x.detach().contiguous();
+  const Array out = detail::rows_of(y);  // (R, out)
+  kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(dense), detail::transposed(weight.array()),
+                                      bias.defined() ? 1 : 0, bias.defined() ? bias.array().expand(out.shape) : Array{},
+                                      out);
+  return autograd::record(
+      "linear", y, {x, weight, bias},
+      [sx = autograd::Saved(x), sw = autograd::Saved(weight)](const autograd::Upstream& up) -> Tensors {
+        const Tensor dy = up.dy();  // (..., out)
+        Tensors gradients(3);
+        if (up.needs(0)) gradients[0] = matmul(dy, sw.get(up));
+        if (up.needs(1)) gradients[1] = matmul(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)));
+        if (up.needs(2)) gradients[2] = detail::sum_to(dy, {dy.shape().back()});
+        return gradients;
+      });
+}
+
+// einsum
+// ----------------------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+/// An operand or intermediate result of einsum: one label per axis, no label twice.
+struct Term {
+  Tensor value;
+  std::string labels;
+
+  std::size_t npos() const { return std::string::npos; }
+  bool has(char label) const { return labels.find(label) != npos(); }
+  int64_t axis(char label) const { return static_cast<int64_t>(labels.find(label)); }
+};
+
+/// Axes of the term in the order of `labels`; labels it lacks become axes of extent 1.
+KNOCK_FUNC Tensor aligned(const Term& term, const std::string& labels) {
+  Shape order;
+  for (const char label : labels)
+    if (term.has(label)) order.push_back(term.axis(label));
+  Tensor value = term.value.permute(order);
+  for (std::size_t i = 0; i < labels.size(); ++i)
+    if (!term.has(labels[i])) value = value.unsqueeze(static_cast<int64_t>(i));
+  return value;
+}
+
+/// The term summed over the labels that are not in `kept`.
+KNOCK_FUNC Term summed_to(const Term& term, const std::string& kept) {
+  Term out{term.value, ""};
+  Shape with_ones = term.value.shape(), extents;
+  for (std::size_t i = 0; i < term.labels.size(); ++i) {
+    if (kept.find(term.labels[i]) != std::string::npos) {
+      out.labels.push_back(term.labels[i]);
+      extents.push_back(with_ones[static_cast<int64_t>(i)]);
+    } else {
+      with_ones[static_cast<int64_t>(i)] = 1;
+    }
+  }
+  if (out.labels.size() != term.labels.size()) out.value = sum_to(term.value, with_ones).reshape(extents);
+  return out;
+}
+
+/// Product of two terms, summed over the labels that are not in `kept`.
+KNOCK_FUNC Term contract(const Term& lhs, const Term& rhs, const std::string& kept) {
+  const Term a = summed_to(lhs, kept + rhs.labels), b = summed_to(rhs, kept + lhs.labels);
+  std::string batch, inner, left, right;
+  for (const char label : a.labels) {
+    const bool keep = kept.find(label) != std::string::npos;
+    (!b.has(label) ? left : keep ? batch : inner).push_back(label);
+  }
+  for (const char label : b.labels)
+    if (!a.has(label)) right.push_back(label);
+  if (inner.empty()) return {aligned(a, batch + left + right) * aligned(b, batch + left + right), batch + left + right};
+
+  const auto extents = [&](const std::string& labels) {  // of both, broadcast
+    Shape shape;
+    for (const char label : labels) {
+      const int64_t in_a = a.has(label) ? a.value.size(a.axis(label)) : 1,
+                    in_b = b.has(label) ? b.value.size(b.axis(label)) : 1;
+      shape.push_back(in_a == 1 ? in_b : in_a);
+    }
+    return shape;
+  };
+  const int64_t batches = extents(batch).numel(), rows = extents(left).numel(), cols = extents(right).numel(),
+                depth = extents(inner).numel();
+  const Tensor x =
+      aligned(a, batch + left + inner).expand(extents(batch + left + inner)).reshape({batches, rows, depth});
+  const Tensor y =
+      aligned(b, batch + inner + right).expand(extents(batch + inner + right)).reshape({batches, depth, cols});
+  const std::string labels = batch + left + right;
+  return {matmul(x, y).reshape(extents(labels)), labels};
+}
+
+/// The parsed equation: labels of every operand and of the result. Axes under an ellipsis get the labels '0', '1', ...
+struct EinsumPlan {
+  std::vector<std::string> operands;
+  std::string output;
+};
+
+KNOCK_FUNC bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
+
+KNOCK_FUNC EinsumPlan parse_einsum(std::string_view equation, const Tensors& operands) {
+  std::string packed;
+  for (const char c : equation)
+    if (c != ' ') packed.push_back(c);
+  for (std::size_t at; (at = packed.find("...")) != std::string::npos;) packed.replace(at, 3, "*");
+  const std::size_t arrow = packed.find("->");
+  const std::string inputs = packed.substr(0, arrow);
+  EinsumPlan plan;
+  for (std::size_t start = 0; start <= inputs.size();) {
+    const std::size_t comma = std::min(inputs.find(',', start), inputs.size());
+    plan.operands.push_back(inputs.substr(start, comma - start));
+    start = comma + 1;
+  }
+  check(plan.operands.size() == operands.size(), "einsum", "\"", equation, "\" names ", plan.operands.size(),
+        " operands, got ", operands.size());
+
+  const auto check_labels = [&](const std::string& labels) {
+    for (const char c : labels) check(is_letter(c) || c == '*', "einsum", "unexpected '", c, "' in \"", equation, "\"");
+    check(std::count(labels.begin(), labels.end(), '*') <= 1, "einsum", "two ellipses in one operand of \"", equation,
+          "\"");
+  };
+  int64_t widest = 0;  // axes under the longest ellipsis
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    const std::string& labels = plan.operands[i];
+    check_labels(labels);
+    const bool ellipsis = labels.find('*') != std::string::npos;
+    const int64_t named = static_cast<int64_t>(labels.size()) - (ellipsis ? 1 : 0), rank = operands[i].rank();
+    check(ellipsis ? rank >= named : rank == named, "einsum", "\"", labels.substr(0, labels.find('*')), "\" in \"",
+          equation, "\" names ", named, " axes, operand ", i, " is ", operands[i]);
+    if (ellipsis) widest = std::max(widest, rank - named);
+  }
+  const auto ellipsis_labels = [&](int64_t axes) {  // aligned at the end
+    std::string labels;
+    for (int64_t i = widest - axes; i < widest; ++i) labels.push_back(static_cast<char>('0' + i));
+    return labels;
+  };
+  std::string all;
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    std::string& labels = plan.operands[i];
+    all += labels;
+    const std::size_t at = labels.find('*');
+    if (at != std::string::npos)
+      labels.replace(at, 1, ellipsis_labels(operands[i].rank() - static_cast<int64_t>(labels.size()) + 1));
+  }
+  if (arrow != std::string::npos) {
+    plan.output = packed.substr(arrow + 2);
+    check_labels(plan.output);
+    for (const char c : plan.output) {
+      check(c == '*' || all.find(c) != std::string::npos, "einsum", "the result of \"", equation, "\" has '", c,
+            "', which no operand has");
+      check(std::count(plan.output.begin(), plan.output.end(), c) == 1, "einsum", "'", c,
+            "' occurs twice in the result of \"", equation, "\"");
+    }
+  } else {
+    for (const char c : all)
+      if (c != '*' && std::count(all.begin(), all.end(), c) == 1) plan.output.push_back(c);
+    std::sort(plan.output.begin(), plan.output.end());
+    plan.output.insert(0, "*");
+  }
+  const std::size_t at = plan.output.find('*');
+  if (at != std::string::npos) plan.output.replace(at, 1, ellipsis_labels(widest));
+  return plan;
+}
+
+/// An operand with its repeated labels taken as diagonals.
+KNOCK_FUNC Term as_term(const Tensor& operand, const std::string& labels) {
+  Term term{operand, labels};
+  for (std::size_t i = 0; i < term.labels.size(); ++i) {
+    const char label = term.labels[i];
+    std::size_t twin;
+    while ((twin = term.labels.find(label, i + 1)) != std::string::npos) {
+      const auto first = static_cast<int64_t>(i), second = static_cast<int64_t>(twin);
+      check(term.value.size(first) == term.value.size(second), "einsum", "'", label, "' has extents ",
+            term.value.size(first), " and ", term.value.size(second), " in operand ", operand);
+      term.value = term.value.diagonal(0, first, second);  // the diagonal becomes the last axis
+      term.labels.erase(twin, 1);
+      term.labels.erase(i, 1);
+      term.labels.push_back(label);
+      i = 0;
+    }
+  }
+  return term;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor einsum(std::string_view equation, const Tensors& operands) {
+  check(!operands.empty(), "einsum", "needs at least one operand");
+  const detail::EinsumPlan plan = detail::parse_einsum(equation, operands);
+  std::vector<detail::Term> terms;
+  std::array<int64_t, 128> extents;
+  extents.fill(1);
+  for (std::size_t i = 0; i < operands.size(); ++i) {
+    terms.push_back(detail::as_term(operands[i], plan.operands[i]));
+    for (std::size_t axis = 0; axis < terms[i].labels.size(); ++axis) {
+      const int64_t extent = terms[i].value.size(static_cast<int64_t>(axis));
+      int64_t& known = extents[static_cast<std::size_t>(terms[i].labels[axis])];
+      check(known == 1 || extent == 1 || extent == known, "einsum", "'", terms[i].labels[axis], "' of \"", equation,
+            "\" has extents ", known, " and ", extent);
+      if (known == 1) known = extent;
+    }
+  }
+  detail::Term result = terms[0];
+  for (std::size_t i = 1; i < terms.size(); ++i) {
+    std::string kept = plan.output;
+    for (std::size_t later = i + 1; later < terms.size(); ++later) kept += terms[later].labels;
+    result = detail::contract(result, terms[i], kept);
+  }
+  return detail::aligned(detail::summed_to(result, plan.output), plan.output);
+}
+
+}  // namespace knock
+#endif
