@@ -161,6 +161,9 @@ void connect(std::shared_ptr<Node> node, std::span<const Tensor> outputs, std::s
 /// A new handle to the same elements, without history.
 Tensor alias(const Tensor& tensor);
 
+/// The node that adds to the grad() of a leaf; one for all graphs that reach it.
+std::shared_ptr<Node> accumulator_of(const Tensor& leaf);
+
 }  // namespace detail
 
 template <class T, class... Args>
@@ -339,9 +342,16 @@ class Accumulator final : public Node {
   std::mutex mutex_;
 };
 
-KNOCK_FUNC std::mutex& accumulator_mutex() {
+KNOCK_FUNC std::shared_ptr<Node> accumulator_of(const Tensor& leaf) {
   static std::mutex mutex;
-  return mutex;
+  const std::lock_guard lock(mutex);
+  Meta& meta = meta_of(leaf);
+  std::shared_ptr<Node> accumulator = meta.accumulator.lock();
+  if (!accumulator) {
+    accumulator = make_node<Accumulator>(leaf);
+    meta.accumulator = accumulator;
+  }
+  return accumulator;
 }
 
 }  // namespace detail

@@ -14,11 +14,6 @@ namespace knock::autograd {
 /// views without overlap; overlapping ones are refused where a gradient would flow.
 Tensor as_strided(const Tensor& x, const Shape& shape, const Strides& strides, int64_t offset);
 
-}  // namespace knock::autograd
-
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_AUTOGRAD_VIEW)
-namespace knock {
-namespace autograd {
 namespace detail {
 
 struct Geometry {
@@ -27,6 +22,26 @@ struct Geometry {
   int64_t offset;
 };
 
+/// A dense tensor's elements at a geometry given in terms of the layout that `base` has.
+Tensor look(const Tensor& base_like, const Geometry& view);
+
+void raw_copy(const Tensor& to, const Tensor& from);
+
+/// base with the elements of `view` replaced by those of `part`; base is dense and starts its storage.
+Tensor scatter_view(const Tensor& base, const Tensor& part, const Geometry& view);
+
+/// The elements of `gradient` (of a dense base) at the view's place, differentiable.
+Tensor gather_view(const Tensor& gradient, const Geometry& view);
+
+}  // namespace detail
+
+}  // namespace knock::autograd
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_AUTOGRAD_VIEW)
+namespace knock {
+namespace autograd {
+namespace detail {
+
 KNOCK_FUNC Geometry geometry_of(const Tensor& tensor) {
   return {tensor.shape(), tensor.strides(), tensor.impl().offset};
 }
@@ -34,11 +49,15 @@ KNOCK_FUNC Geometry geometry_of(const Tensor& tensor) {
 /// Whether two different indices may reach one element.
 KNOCK_FUNC bool overlaps(const Shape& shape, const Strides& strides) {
   if (shape.numel() <= 1) return false;
-  int64_t order[max_rank];
+  int64_t order[max_rank];  // axes, smallest stride first
   int64_t rank = 0;
-  for (int64_t i = 0; i < shape.rank(); ++i)
-    if (shape[i] != 1) order[rank++] = i;
-  std::sort(order, order + rank, [&](int64_t a, int64_t b) { return std::abs(strides[a]) < std::abs(strides[b]); });
+  for (int64_t i = 0; i < shape.rank(); ++i) {
+    if (shape[i] == 1) continue;
+    int64_t place = rank++;
+    for (; place > 0 && std::abs(strides[order[place - 1]]) > std::abs(strides[i]); --place)
+      order[place] = order[place - 1];
+    order[place] = i;
+  }
   int64_t reach = 0;  // largest offset inside the axes so far
   for (int64_t i = 0; i < rank; ++i) {
     const int64_t stride = std::abs(strides[order[i]]);
@@ -48,7 +67,6 @@ KNOCK_FUNC bool overlaps(const Shape& shape, const Strides& strides) {
   return false;
 }
 
-/// A dense tensor's elements at a geometry given in terms of the layout that `base` has.
 KNOCK_FUNC Tensor look(const Tensor& base_like, const Geometry& view) {
   auto impl = std::make_shared<TensorImpl>();
   impl->storage = base_like.impl().storage;
@@ -63,10 +81,6 @@ KNOCK_FUNC void raw_copy(const Tensor& to, const Tensor& from) {
   kernel(&Backend::copy, "copy", to)(to.array(), from.array());
 }
 
-/// base with the elements of `view` replaced by those of `part`; base is dense and starts its storage.
-KNOCK_FUNC Tensor scatter_view(const Tensor& base, const Tensor& part, const Geometry& view);
-
-/// The elements of `gradient` (of a dense base) at the view's place, differentiable.
 KNOCK_FUNC Tensor gather_view(const Tensor& gradient, const Geometry& view) {
   Tensor dense = gradient.contiguous();
   Tensor part = empty(view.shape, {gradient.dtype(), gradient.device()});
@@ -150,13 +164,7 @@ KNOCK_FUNC Edge gradient_edge(const Tensor& tensor) {
   if (!impl.requires_grad) return {};
   Meta& meta = meta_of(tensor);
   if (meta.grad_fn) return {meta.grad_fn, meta.output_index};
-  const std::lock_guard lock(detail::accumulator_mutex());
-  std::shared_ptr<Node> accumulator = meta.accumulator.lock();
-  if (!accumulator) {
-    accumulator = make_node<detail::Accumulator>(tensor);
-    meta.accumulator = accumulator;
-  }
-  return {accumulator, 0};
+  return {detail::accumulator_of(tensor), 0};
 }
 
 KNOCK_FUNC void check_writable(const char* op, const Tensor& self) {
