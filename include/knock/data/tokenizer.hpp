@@ -6,10 +6,9 @@
 // pair of lowest merge rank becomes one symbol. Training finds the merges: the most frequent pair of the corpus is
 // merged until the vocabulary is full (Sennrich et al. 2016; over bytes: Radford et al. 2019).
 //
-// Same text, same options: the vocabulary, merges and ids are those of the `tokenizers` package
-// (BpeTrainer, Split + ByteLevel), ties included; only characters younger than the installed PCRE2's Unicode tables (14
-// in PCRE2 10.42) may be cut differently from a version of that package with newer ones. Every sequence of bytes, valid UTF-8 or not, survives
-// decode(encode(bytes)).
+// Same text, same options: the vocabulary, merges and ids are those of the `tokenizers` package (BpeTrainer, Split +
+// ByteLevel), ties included. Only characters younger than the Unicode tables of the installed PCRE2 (version 14 in
+// PCRE2 10.42) may be cut differently. Every sequence of bytes, valid UTF-8 or not, survives decode(encode(bytes)).
 //
 //   auto tokenizer = data::Tokenizer::train(documents, 2048);
 //   std::vector<int32_t> ids = tokenizer.encode("It is a truth universally acknowledged");
@@ -86,12 +85,12 @@ class Tokenizer {
   void encode_stretch(std::string_view text, std::vector<int32_t>& ids) const;
   void index();
 
-  std::vector<std::string> tokens_;   // bytes of each id
-  std::vector<int32_t> specials_;     // ids of the special tokens, ascending
+  std::vector<std::string> tokens_;                  // bytes of each id
+  std::vector<int32_t> specials_;                    // ids of the special tokens, ascending
   std::vector<std::pair<int32_t, int32_t>> merges_;  // by rank
   std::unordered_map<uint64_t, Merge> merge_of_;     // of a pair of ids, packed
-  std::vector<int32_t> byte_id_;      // of each of the 256 bytes
-  int64_t model_size_ = 0;            // ids below are in the BPE vocabulary, the others only added tokens
+  std::vector<int32_t> byte_id_;                     // of each of the 256 bytes
+  int64_t model_size_ = 0;  // ids below are in the BPE vocabulary, the others only added tokens
   int32_t eos_id_ = -1;
 };
 
@@ -119,7 +118,8 @@ class Tokenizer {
 namespace knock::data {
 namespace detail {
 
-// ---- pre-tokenizer ---------------------------------------------------------------------------------------------------
+// ---- pre-tokenizer
+// ---------------------------------------------------------------------------------------------------
 
 inline constexpr const char* qwen2_pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
@@ -294,9 +294,7 @@ class Tokenizer::Encoder {
   struct Candidate {
     int32_t rank, id;
     int64_t at;
-    bool operator<(const Candidate& other) const {
-      return rank != other.rank ? rank > other.rank : at > other.at;
-    }
+    bool operator<(const Candidate& other) const { return rank != other.rank ? rank > other.rank : at > other.at; }
   };
 
   void start(std::string_view piece) {
@@ -449,8 +447,8 @@ class Tokenizer::Trainer {
     add_special(std::string(end_of_text));
     for (const std::string& token : options.special_tokens) add_special(token);
     for (const uint8_t byte : detail::byte_alphabet.in_order) add_token(std::string(1, static_cast<char>(byte)));
-    check(vocab_size >= tokenizer_.vocab_size(), "train_tokenizer", "vocab_size ", vocab_size, " is too small: ",
-          tokenizer_.vocab_size(), " tokens are needed for the 256 bytes and the special tokens");
+    check(vocab_size >= tokenizer_.vocab_size(), "train_tokenizer", "vocab_size ", vocab_size,
+          " is too small: ", tokenizer_.vocab_size(), " tokens are needed for the 256 bytes and the special tokens");
     check(vocab_size <= max_vocab_size, "train_tokenizer", "vocab_size ", vocab_size, " is too large: at most ",
           max_vocab_size);
     read_words(texts);
@@ -458,7 +456,6 @@ class Tokenizer::Trainer {
   }
 
   Tokenizer run() {
-    std::vector<std::pair<int32_t, int32_t>> merges;
     while (tokenizer_.vocab_size() < vocab_size_ && !heap_.empty()) {
       std::pop_heap(heap_.begin(), heap_.end());
       Candidate top = std::move(heap_.back());
@@ -473,11 +470,10 @@ class Tokenizer::Trainer {
       const auto left = static_cast<int32_t>(top.pair >> 32), right = static_cast<int32_t>(top.pair & 0xffffffff);
       const int32_t merged = add_token(tokenizer_.tokens_[static_cast<std::size_t>(left)] +
                                        tokenizer_.tokens_[static_cast<std::size_t>(right)]);
-      merges.emplace_back(left, right);
+      tokenizer_.merges_.emplace_back(left, right);
       for (const int64_t word : top.words) merge_in(word, left, right, merged);
       push_new_pairs();
     }
-    keep_last(merges);
     tokenizer_.model_size_ = tokenizer_.vocab_size();
     tokenizer_.index();
     return std::move(tokenizer_);
@@ -493,7 +489,7 @@ class Tokenizer::Trainer {
   struct Candidate {
     int64_t count;
     uint64_t pair;
-    std::vector<int64_t> words;  // that hold the pair
+    std::vector<int64_t> words;                     // that hold the pair
     bool operator<(const Candidate& other) const {  // equal counts: the pair of lower ids comes first
       return count != other.count ? count < other.count : pair > other.pair;
     }
@@ -577,14 +573,6 @@ class Tokenizer::Trainer {
       ++i;
     }
     word.length = kept;
-  }
-
-  /// A pair can come up twice (its symbols were formed along two ways); the `tokenizers` package keeps the last rank.
-  void keep_last(const std::vector<std::pair<int32_t, int32_t>>& merges) {
-    std::unordered_map<uint64_t, std::size_t> last;
-    for (std::size_t i = 0; i < merges.size(); ++i) last[detail::pack(merges[i].first, merges[i].second)] = i;
-    for (std::size_t i = 0; i < merges.size(); ++i)
-      if (last.at(detail::pack(merges[i].first, merges[i].second)) == i) tokenizer_.merges_.push_back(merges[i]);
   }
 
   Tokenizer tokenizer_;
@@ -684,7 +672,7 @@ class Tokenizer::Reader {
   const Json& member(const Json& object, const char* key, Json::value_t type) const {
     const auto found = object.find(key);
     require(found != object.end(), "'", key, "' is missing");
-    require(found->type() == type, "'", key, "' is not ", Json(type).type_name());
+    require(found->type() == type, "'", key, "' must be of type ", Json(type).type_name());
     return *found;
   }
 
@@ -859,10 +847,8 @@ KNOCK_FUNC std::string Tokenizer::to_json() const {
                      {"rstrip", false},
                      {"normalized", false},
                      {"special", true}});
-  const Json split = {{"type", "Split"},
-                      {"pattern", {{"Regex", detail::qwen2_pattern}}},
-                      {"behavior", "Isolated"},
-                      {"invert", false}};
+  const Json split = {
+      {"type", "Split"}, {"pattern", {{"Regex", detail::qwen2_pattern}}}, {"behavior", "Isolated"}, {"invert", false}};
   Json vocab = Json::object();
   auto& entries = vocab.get_ref<Json::object_t&>();
   for (int32_t id = 0; id < model_size_; ++id)  // the vector underneath: the map's own insertion searches all of it

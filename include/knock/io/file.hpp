@@ -76,7 +76,7 @@ KNOCK_FUNC std::string read_file(const std::string& path, int64_t max_bytes) {
   // O_NONBLOCK: opening a named pipe must give the error below, not wait for a writer.
   const detail::Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) fail("read_file", "cannot open ", path, ": ", detail::system_message(errno));
-  struct stat info{};
+  struct stat info {};
   if (::fstat(file.get(), &info) != 0) fail("read_file", "cannot read ", path, ": ", detail::system_message(errno));
   check(S_ISREG(info.st_mode), "read_file", path, " is not a regular file");
   check(info.st_size <= max_bytes, "read_file", path, " is larger than ", max_bytes, " bytes");
