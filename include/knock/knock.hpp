@@ -24,5 +24,6 @@
 
 #include <knock/ops/view.hpp>
 #include <knock/ops/matmul.hpp>
+#include <knock/ops/rope.hpp>
 
 #include <knock/cpu/backend.hpp>

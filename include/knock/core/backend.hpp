@@ -36,20 +36,67 @@ struct Array {
     for (int64_t i = 0; i < rank(); ++i) out.strides[i + shift] = shape[i] == 1 ? 0 : strides[i];
     return out;
   }
+
+  /// The same elements with axis `dim` moved to the end.
+  Array axis_last(int64_t dim) const {
+    if (rank() < 2) return *this;
+    Array out = *this;
+    out.shape.erase(dim);
+    out.strides.erase(dim);
+    out.shape.push_back(shape[dim]);
+    out.strides.push_back(strides[dim]);
+    return out;
+  }
 };
 
 enum class Unary : uint8_t;   // ops/pointwise_functors.hpp
 enum class Binary : uint8_t;  // ops/pointwise_functors.hpp
-
-/// Parameters of a pointwise op, such as the slope of leaky_relu.
-struct PointwiseParams {
-  double a = 0, b = 0;
-};
+struct PointwiseParams;       // ops/pointwise_functors.hpp
 
 enum class Random : uint8_t { uniform, normal, integer };
 enum class Reduce : uint8_t { sum, mean, prod, max, min, any, all };
 enum class ArgReduce : uint8_t { max, min };
 enum class Scan : uint8_t { sum, prod };
+
+/// What becomes of the losses of a batch's elements: kept one by one, averaged, or summed.
+enum class Reduction : uint8_t { none, mean, sum };
+
+struct NllOptions {
+  int64_t ignore_index = -100;  ///< targets of this value count neither in the loss nor in the mean
+  Reduction reduction = Reduction::mean;
+};
+
+struct CrossEntropyOptions {
+  int64_t ignore_index = -100;  ///< targets of this value count neither in the loss nor in the mean
+  double label_smoothing = 0;   ///< share of the target's probability that is spread over all classes
+  Reduction reduction = Reduction::mean;
+};
+enum class Triangle : uint8_t { lower, upper };
+
+/// One step of AdamW on one tensor. g = grad_scale * grad.
+struct AdamWStep {
+  double lr, beta1, beta2, eps, weight_decay;
+  double correction1, correction2;  ///< 1 - beta^step: what the moments are divided by
+  double grad_scale;
+};
+
+/// One step of SGD on one tensor. g = grad_scale * grad.
+struct SgdStep {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+  bool first;  ///< the momentum buffer holds nothing yet
+  double grad_scale;
+};
+
+/// What routed experts read: x (N, C), sorted slots and each expert's first place among them, weights (N, k), gate and
+/// up (E, F, C), down (E, C, F).
+struct MoeInputs {
+  Array x, order, offsets, weights, gate, up, down;
+};
+/// Gradients of the floating ones.
+struct MoeGradients {
+  Array x, weights, gate, up, down;
+};
 
 /// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise
 /// arrays may have any strides and the arrays of one call have the same shape.
@@ -62,12 +109,19 @@ struct Backend {
   /// `state`.
   void (*random)(Random kind, RngState state, double a, double b, const Array& out) = nullptr;
 
-  // Pointwise
+  // Pointwise. out has the operands' promoted dtype, or any other: results are converted. It may be an operand itself.
   void (*unary)(Unary op, PointwiseParams params, const Array& x, const Array& out) = nullptr;
-  void (*unary_backward)(Unary op, PointwiseParams params, const Array& x, const Array& y, const Array& dy,
+  /// dx = dy df(v), v being the op's input or output, as its functor wants (dy where it wants neither); floating
+  /// dtypes.
+  void (*unary_backward)(Unary op, PointwiseParams params, const Array& v, const Array& dy,
                          const Array& out_dx) = nullptr;
-  void (*binary)(Binary op, const Array& a, const Array& b, const Array& out) = nullptr;
+  void (*binary)(Binary op, PointwiseParams params, const Array& a, const Array& b, const Array& out) = nullptr;
+  /// The same with a number, which is not rounded to x's dtype first, on the right or (`scalar_first`) on the left.
+  void (*binary_scalar)(Binary op, const Array& x, Scalar scalar, bool scalar_first, const Array& out) = nullptr;
+  /// a where the condition is not 0, b elsewhere
   void (*where)(const Array& condition, const Array& a, const Array& b, const Array& out) = nullptr;
+  /// a + weight (b - a), floating dtypes
+  void (*lerp)(const Array& a, const Array& b, const Array& weight, const Array& out) = nullptr;
 
   // Reductions and scans. `reduce` reduces the last `axes` axes of x; out has the leading ones. The others work along
   // the last axis.
@@ -75,10 +129,81 @@ struct Backend {
   void (*arg_reduce)(ArgReduce op, const Array& x, const Array& out) = nullptr;
   void (*scan)(Scan op, const Array& x, const Array& out) = nullptr;
 
+  // Moving by index: i64 indices, already checked to be in range. index and src have one shape (any strides; an index
+  // that is the same along an axis has stride 0 there), which exceeds out's in no axis but `axis`.
+  /// out[.., i, ..] = x[.., index[.., i, ..], ..]; x's shape exceeds out's as src's does.
+  void (*gather)(const Array& x, int64_t axis, const Array& index, const Array& out) = nullptr;
+  /// out[.., index[.., i, ..], ..] = src[.., i, ..] in the order of i: the last one stays.
+  void (*scatter)(const Array& src, int64_t axis, const Array& index, const Array& out) = nullptr;
+  void (*scatter_add)(const Array& src, int64_t axis, const Array& index, const Array& out) = nullptr;  ///< += likewise
+  /// First position of a dense i64 index whose value is not in [0, extent); -1 when there is none.
+  int64_t (*find_outside)(const Array& index, int64_t extent) = nullptr;
+  int64_t (*count_nonzero)(const Array& x) = nullptr;           ///< x dense
+  void (*nonzero)(const Array& x, const Array& out) = nullptr;  ///< out (count, rank of x) i64, dense; x dense
+  /// x (..., N, M); out dense, zero on the other side of the diagonal.
+  void (*triangle)(Triangle which, int64_t diagonal, const Array& x, const Array& out) = nullptr;
+
   // Products
-  /// out = alpha a b + beta c, floating dtypes. a (..., M, K), b (..., K, N), out (..., M, N) dense; c as out, and not read
-  /// when beta is 0; it may be out itself.
+  /// out = alpha a b + beta c, floating dtypes. a (..., M, K), b (..., K, N), out (..., M, N) dense; c as out, and not
+  /// read when beta is 0; it may be out itself.
   void (*gemm)(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) = nullptr;
+
+  /// Rotates the pairs of features of every row. x and out (..., T, D); positions (T), or (B, T) where B is x's first
+  /// axis.
+  void (*rope)(const Array& x, const Array& positions, double theta, bool interleaved, bool inverse,
+               const Array& out) = nullptr;
+
+  // Rows along the last axis, floating dtypes. `weight`, `bias` (n) and statistics are dense and in the compute type
+  // (f32 for bf16); undefined weights are none, undefined outputs are not wanted.
+  /// softmax, or its logarithm
+  void (*softmax)(bool logarithm, const Array& x, const Array& out) = nullptr;
+  void (*softmax_backward)(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) = nullptr;
+  /// stats (rows): 1 / sqrt(mean(x^2) + eps)
+  void (*rms_norm)(const Array& x, const Array& weight, double eps, const Array& out_y,
+                   const Array& out_stats) = nullptr;
+  void (*rms_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
+                            const Array& out_dx, const Array& out_dweight) = nullptr;
+  /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
+  void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
+                     const Array& out_stats) = nullptr;
+  void (*layer_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
+                              const Array& out_dx, const Array& out_dweight, const Array& out_dbias) = nullptr;
+  /// logits (rows, C), target (rows) dense i64; loss (rows) without reduction, one element with; stats (rows, 2):
+  /// largest logit and sum of exp(logit - largest), undefined for ignored rows
+  void (*cross_entropy)(const Array& logits, const Array& target, const CrossEntropyOptions& options,
+                        const Array& out_loss, const Array& out_stats) = nullptr;
+  void (*cross_entropy_backward)(const Array& logits, const Array& target, const Array& stats,
+                                 const CrossEntropyOptions& options, const Array& dloss,
+                                 const Array& out_dlogits) = nullptr;
+  /// minus the log-probability of each row's target, reduced as cross_entropy's
+  void (*nll_loss)(const Array& log_probs, const Array& target, const NllOptions& options,
+                   const Array& out_loss) = nullptr;
+  void (*nll_loss_backward)(const Array& target, const NllOptions& options, const Array& dloss,
+                            const Array& out_dlog_probs) = nullptr;
+
+  // Fused pointwise, floating dtypes
+  /// out = silu(gate) * up
+  void (*swiglu)(const Array& gate, const Array& up, const Array& out) = nullptr;
+  void (*swiglu_backward)(const Array& gate, const Array& up, const Array& dy, const Array& out_dgate,
+                          const Array& out_dup) = nullptr;
+  /// out = x * (kept ? 1 / (1 - p) : 0), x and out dense. Element i is kept when word i % 4 of Philox counter i / 4 of
+  /// `state` is at least p * 2^32.
+  void (*dropout)(RngState state, double p, const Array& x, const Array& out) = nullptr;
+
+  // Optimizers: dense arrays of one size, updated in place; moments are in the compute type (f32 for bf16)
+  void (*adamw)(const AdamWStep& step, const Array& grad, const Array& param, const Array& exp_avg,
+                const Array& exp_avg_sq) = nullptr;
+  /// `momentum` is undefined without momentum
+  void (*sgd)(const SgdStep& step, const Array& grad, const Array& param, const Array& momentum) = nullptr;
+  /// out: one f64 element, the sum of the squares of x (any strides)
+  void (*sum_squares)(const Array& x, const Array& out) = nullptr;
+
+  // Mixture of experts; all arrays dense
+  /// indices (N, k) i64 -> slots n * k + j in a stable order by expert, and the E + 1 places where experts begin.
+  void (*moe_sort)(const Array& indices, const Array& out_order, const Array& out_offsets) = nullptr;
+  /// hidden (N k, 2F): gate and up products of the sorted slots, kept for backward.
+  void (*moe_forward)(const MoeInputs& in, const Array& out_hidden, const Array& out) = nullptr;
+  void (*moe_backward)(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) = nullptr;
 };
 
 /// The table of a device's kind; an error when no such back-end is linked in.

@@ -6,6 +6,10 @@
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_BACKEND)
 #include <knock/cpu/copy.hpp>
 #include <knock/cpu/gemm.hpp>
+#include <knock/cpu/index.hpp>
+#include <knock/cpu/moe.hpp>
+#include <knock/cpu/pointwise.hpp>
+#include <knock/cpu/rope.hpp>
 
 namespace knock {
 
@@ -18,7 +22,24 @@ KNOCK_FUNC const Backend& table() {
     b.copy = copy;
     b.arange = arange;
     b.random = random;
+    b.unary = unary;
+    b.unary_backward = unary_backward;
+    b.binary = binary;
+    b.binary_scalar = binary_scalar;
+    b.where = where;
+    b.lerp = lerp;
     b.gemm = gemm;
+    b.rope = rope;
+    b.gather = gather;
+    b.scatter = scatter;
+    b.scatter_add = scatter_add;
+    b.find_outside = find_outside;
+    b.count_nonzero = count_nonzero;
+    b.nonzero = nonzero;
+    b.triangle = triangle;
+    b.moe_sort = moe_sort;
+    b.moe_forward = moe_forward;
+    b.moe_backward = moe_backward;
     return b;
   }();
   return kernels;

@@ -1,0 +1,134 @@
+#pragma once
+// Scaled dot-product attention.
+//
+//   S = scale q k^T + mask,  P = softmax(S),  out = P v                        per batch and query head
+//   dv = P^T dout,  dP = dout v^T,  dS = P * (dP - rowsum(P * dP)),  dq = scale dS k,  dk = scale dS^T q
+//
+// Grouped heads: query head h reads key and value head h / (Hq / Hkv).
+
+#include <knock/core/tensor.hpp>
+
+#include <optional>
+
+namespace knock {
+
+/// Which keys a query sees. With fewer queries than keys, `top_left` lets query i see keys 0..i (PyTorch's is_causal),
+/// and `bottom_right` lets the last query see all keys (decoding with a cache).
+enum class Causal : uint8_t { none, top_left, bottom_right };
+
+struct AttentionParams {
+  Causal causal = Causal::none;
+  Tensor mask = {};                  ///< broadcasts to (B, Hq, Tq, Tk); u8: 1 = may look; floating: added to the scores
+  std::optional<double> scale = {};  ///< 1 / sqrt(D) when absent
+  double dropout = 0;                ///< probability that a weight is dropped (the others grow by 1 / (1 - dropout))
+  int64_t window = 0;  ///< > 0: only keys less than `window` places away from the query's own (see `causal`)
+};
+
+/// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv); Hq is a multiple of Hkv. f32, f64, bf16.
+/// The query's own place among the keys is i, or i + Tk - Tq under Causal::bottom_right. A query that may see no key
+/// gets 0 and passes no gradient on.
+Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams params = {});
+
+namespace composite {
+/// The same written with other ops, for any options: documentation, oracle, dropout, gradients of a floating mask, and
+/// what create_graph differentiates. Keeps the (Tq, Tk) scores.
+Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams params = {});
+}  // namespace composite
+
+}  // namespace knock
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ATTENTION)
+#include <knock/ops/binary.hpp>
+#include <knock/ops/dropout.hpp>
+#include <knock/ops/matmul.hpp>
+#include <knock/ops/reduce.hpp>
+#include <knock/ops/softmax.hpp>
+
+#include <cmath>
+#include <limits>
+
+namespace knock {
+namespace detail {
+
+KNOCK_FUNC void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const AttentionParams& params) {
+  constexpr const char* op = "scaled_dot_product_attention";
+  check(q.rank() == 4 && k.rank() == 4 && v.rank() == 4, op,
+        "needs q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv): q ", q, ", k ", k, ", v ", v);
+  check(is_float(q.dtype()) && q.dtype() == k.dtype() && q.dtype() == v.dtype(), op, "needs one floating dtype: q ", q,
+        ", k ", k, ", v ", v);
+  check(q.size(0) == k.size(0) && q.size(3) == k.size(3), op, "q ", q, " and k ", k,
+        " differ in batch or head dimension");
+  check(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2), op, "k ", k, " and v ", v,
+        " differ in batch, heads or length");
+  check(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, op, q.size(1),
+        " query heads are not a multiple of ", k.size(1), " key heads: q ", q, ", k ", k);
+  check(params.dropout >= 0 && params.dropout < 1, op, "dropout must be in [0, 1), got ", params.dropout);
+  check(params.window >= 0, op, "window must not be negative, got ", params.window);
+  check_same_device(op, {q, k, v, params.mask});
+  if (!params.mask.defined()) return;
+  const Shape scores{q.size(0), q.size(1), q.size(2), k.size(2)};
+  check(params.mask.rank() <= 4 && broadcast(params.mask.shape(), scores, op) == scores, op, "mask ", params.mask,
+        " does not broadcast to (B, Hq, Tq, Tk) = ", scores);
+  check(params.mask.dtype() == DType::u8 || is_float(params.mask.dtype()), op, "mask must be u8 or floating, got ",
+        params.mask);
+}
+
+/// 1 / sqrt(D) unless given.
+KNOCK_FUNC double attention_scale(const Tensor& q, const AttentionParams& params) {
+  return params.scale ? *params.scale : 1 / std::sqrt(static_cast<double>(std::max<int64_t>(q.size(3), 1)));
+}
+
+/// (Tq, Tk) u8: 1 where `causal` and `window` forbid to look.
+KNOCK_FUNC Tensor forbidden(int64_t queries, int64_t keys, const AttentionParams& params, Device device) {
+  const int64_t shift = params.causal == Causal::bottom_right ? keys - queries : 0;
+  std::vector<uint8_t> hidden(static_cast<std::size_t>(queries * keys));
+  for (int64_t i = 0; i < queries; ++i)
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t ahead = j - (i + shift);
+      const bool later = params.causal != Causal::none && ahead > 0;
+      const bool far = params.window > 0 && (ahead >= params.window || -ahead >= params.window);
+      hidden[static_cast<std::size_t>(i * keys + j)] = later || far;
+    }
+  return from_data(hidden, {queries, keys}).to(device);
+}
+
+}  // namespace detail
+
+namespace composite {
+
+KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               AttentionParams params) {
+  detail::check_attention(q, k, v, params);
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), kv_heads = k.size(1);
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  if (q.numel() == 0 || keys == 0) return zeros({batch, heads, queries, v.size(3)}, {q.dtype(), q.device()});
+  const Tensor grouped = q.reshape({batch, kv_heads, heads / kv_heads, queries, q.size(3)});  // (B, Hkv, G, Tq, D)
+  Tensor scores = matmul(grouped, k.unsqueeze(2).transpose(-2, -1)).reshape({batch, heads, queries, keys}) *
+                  detail::attention_scale(q, params);
+  if (params.mask.defined()) {
+    if (params.mask.dtype() == DType::u8) {
+      scores = masked_fill(scores, params.mask == 0, -infinity);
+    } else {
+      scores = scores + params.mask.to(q.dtype());
+    }
+  }
+  if (params.causal != Causal::none || params.window > 0)
+    scores = masked_fill(scores, detail::forbidden(queries, keys, params, q.device()), -infinity);
+  const Tensor hidden = scores == -infinity;                            // (B, Hq, Tq, Tk)
+  const Tensor blind = amax(scores.detach(), {-1}, true) == -infinity;  // (B, Hq, Tq, 1): sees no key
+  Tensor weights = softmax(masked_fill(scores, blind, 0), -1);          // (B, Hq, Tq, Tk)
+  weights = masked_fill(weights, hidden, 0);
+  if (params.dropout > 0) weights = dropout(weights, params.dropout);
+  const Tensor out = matmul(weights.reshape({batch, kv_heads, heads / kv_heads, queries, keys}), v.unsqueeze(2));
+  return out.reshape({batch, heads, queries, v.size(3)});
+}
+
+}  // namespace composite
+
+KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                               AttentionParams params) {
+  return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+}
+
+}  // namespace knock
+#endif

@@ -1,0 +1,76 @@
+#pragma once
+// Rotary position embedding (Su et al., "RoFormer", arXiv 2104.09864).
+//
+//   angle = position * theta^(-2i/D)          i = 0 .. D/2 - 1
+//   y_i       = x_i cos - x_(i + D/2) sin     dx is dy rotated by the opposite angle
+//   y_(i+D/2) = x_(i + D/2) cos + x_i sin
+//
+// Halves are rotated against each other, as Hugging Face's models do; `interleaved` rotates neighbours (2i, 2i + 1).
+
+#include <knock/core/tensor.hpp>
+
+namespace knock {
+
+struct RopeOptions {
+  double theta = 1e4;
+  bool interleaved = false;
+};
+
+/// x (..., T, D) with its rows rotated by their positions: (T), or (B, T) where B is the first axis of x; i64. D is
+/// even. The result keeps the memory order of x's axes, so that a transposed view needs no copy before or after.
+Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options = {});
+
+}  // namespace knock
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ROPE)
+#include <knock/autograd/node.hpp>
+
+#include <algorithm>
+#include <numeric>
+
+namespace knock {
+namespace detail {
+
+/// Uninitialised, without gaps, its axes in the same order in memory as those of `like`.
+KNOCK_FUNC Tensor empty_in_order_of(const Tensor& like) {
+  Tensor out = empty_like(like);
+  int64_t order[max_rank];
+  std::iota(order, order + like.rank(), 0);
+  std::stable_sort(order, order + like.rank(),
+                   [&](int64_t a, int64_t b) { return like.strides()[a] > like.strides()[b]; });
+  int64_t step = 1;
+  for (int64_t i = like.rank() - 1; i >= 0; --i) {
+    out.impl().strides[order[i]] = step;
+    step *= std::max<int64_t>(like.shape()[order[i]], 1);
+  }
+  return out;
+}
+
+KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options, bool inverse) {
+  const Tensor y = empty_in_order_of(x);
+  kernel(&Backend::rope, "rope", x)(x.array(), positions.array(), options.theta, options.interleaved, inverse,
+                                    y.array());
+  return autograd::record(
+      "rope", y, {x},
+      [positions = autograd::Saved(positions), options, inverse](const autograd::Upstream& up) -> Tensors {
+        return {rope(up.dy(), positions.get(up), options, !inverse)};
+      });
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options) {
+  check(is_float(x.dtype()) && x.rank() >= 2, "rope", "needs floating x (..., T, D), got ", x);
+  check(x.size(-1) % 2 == 0, "rope", "the last axis must be even, got ", x);
+  check(positions.dtype() == DType::i64, "rope", "positions must be i64, got ", positions);
+  check(positions.rank() == 1
+            ? positions.size(0) == x.size(-2)
+            : positions.rank() == 2 && x.rank() >= 3 && positions.shape() == Shape{x.size(0), x.size(-2)},
+        "rope", "positions ", positions, " must be (T) or (B, T) for x ", x);
+  check(options.theta > 0, "rope", "theta must be positive, got ", options.theta);
+  check_same_device("rope", {x, positions});
+  return detail::rope(x, positions, options, false);
+}
+
+}  // namespace knock
+#endif
