@@ -1,0 +1,44 @@
+#pragma once
+// y = x W^T + b, weight (out_features, in_features), as in PyTorch.
+
+#include <knock/nn/init.hpp>
+#include <knock/nn/module.hpp>
+
+namespace knock::nn {
+
+struct LinearOptions {
+  bool bias = true;
+  DType dtype = DType::f32;
+};
+
+/// x (..., in_features) -> (..., out_features). The weight is used in the dtype of x, so that f32 weights serve bf16
+/// activations.
+class Linear : public Layer {
+ public:
+  Linear(int64_t in_features, int64_t out_features, LinearOptions options = {});
+  Tensor forward(const Tensor& x) override;
+
+  Tensor weight;  // (out_features, in_features)
+  Tensor bias;    // (out_features), undefined without
+};
+
+}  // namespace knock::nn
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_LINEAR)
+#include <knock/ops/matmul.hpp>
+
+namespace knock::nn {
+
+KNOCK_FUNC Linear::Linear(int64_t in_features, int64_t out_features, LinearOptions options) {
+  check(in_features > 0 && out_features > 0, "Linear", "features must be positive, got ", in_features, " and ",
+        out_features);
+  weight = register_parameter("weight", init::linear({out_features, in_features}, in_features, options.dtype));
+  if (options.bias) bias = register_parameter("bias", init::linear({out_features}, in_features, options.dtype));
+}
+
+KNOCK_FUNC Tensor Linear::forward(const Tensor& x) {
+  return linear(x, weight.to(x.dtype()), bias.defined() ? bias.to(x.dtype()) : bias);
+}
+
+}  // namespace knock::nn
+#endif

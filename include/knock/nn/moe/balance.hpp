@@ -1,0 +1,100 @@
+#pragma once
+// Keeping experts evenly loaded.
+//
+// Loss-free balancing (Wang et al. 2024, arXiv 2408.15664) moves a bias that is added to the router's scores for
+// selection only. With e = mean(load) - load:
+//
+//   sign           b += u sign(e)
+//   centred_sign   b += u (sign(e) - mean(sign(e)))     keeps the biases' sum
+//   rms            b += u e / rms(e)                    equal loads leave b
+//
+// Losses: balance = E sum_e f_e P_e, f_e = load_e / (N k), P_e the mean router probability (1 when even); z = mean of
+// logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906).
+
+#include <knock/core/tensor.hpp>
+
+namespace knock::nn {
+
+enum class BiasRule : uint8_t { centred_sign, sign, rms };
+
+struct BiasOptions {
+  double speed = 1e-3;  ///< u
+  BiasRule rule = BiasRule::centred_sign;
+};
+
+/// The next bias (E) f32 from the bias and the load (E), tokens per expert.
+Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options = {});
+
+/// probabilities (N, E), load (E) i64 of N k choices -> scalar with gradient into the probabilities.
+Tensor balance_loss(const Tensor& probabilities, const Tensor& load);
+/// logits (N, E) -> scalar.
+Tensor router_z_loss(const Tensor& logits);
+/// Entropy of the load's distribution over experts divided by log(E): 1 when even, 0 when one expert takes all.
+double load_entropy(const Tensor& load);
+
+}  // namespace knock::nn
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MOE_BALANCE)
+#include <knock/ops/binary.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/reduce.hpp>
+
+#include <cmath>
+
+namespace knock::nn {
+
+KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options) {
+  check(bias.rank() == 1 && bias.shape() == load.shape(), "updated_bias", "bias ", bias, " and load ", load,
+        " must both be (E)");
+  const auto loads = load.to_vector<double>();
+  auto next = bias.to_vector<double>();
+  double mean_load = 0, mean_sign = 0, mean_square = 0;
+  const auto experts = static_cast<double>(loads.size());
+  for (const double l : loads) mean_load += l / experts;
+  const auto sign_of = [](double e) { return e > 0 ? 1.0 : e < 0 ? -1.0 : 0.0; };
+  for (const double l : loads) {
+    mean_sign += sign_of(mean_load - l) / experts;
+    mean_square += (mean_load - l) * (mean_load - l) / experts;
+  }
+  for (std::size_t i = 0; i < loads.size(); ++i) {
+    const double e = mean_load - loads[i];
+    double move = 0;
+    switch (options.rule) {
+      case BiasRule::centred_sign:
+        move = sign_of(e) - mean_sign;
+        break;
+      case BiasRule::sign:
+        move = sign_of(e);
+        break;
+      case BiasRule::rms:
+        move = mean_square > 0 ? e / std::sqrt(mean_square) : 0;
+        break;
+    }
+    next[i] += options.speed * move;
+  }
+  return from_data(next, bias.shape()).to(bias.dtype()).to(bias.device());
+}
+
+KNOCK_FUNC Tensor balance_loss(const Tensor& probabilities, const Tensor& load) {
+  check(probabilities.rank() == 2 && load.shape() == Shape{probabilities.size(1)}, "balance_loss", "probabilities ",
+        probabilities, " must be (N, E) and load ", load, " (E)");
+  const Tensor fraction = load.to(probabilities.dtype());
+  const Tensor share = fraction / clamp_min(sum(fraction), 1);
+  return static_cast<double>(load.numel()) * sum(share * mean(probabilities, {0}));
+}
+
+KNOCK_FUNC Tensor router_z_loss(const Tensor& logits) { return mean(square(logsumexp(logits, {-1}))); }
+
+KNOCK_FUNC double load_entropy(const Tensor& load) {
+  const auto loads = load.to_vector<double>();
+  if (loads.size() < 2) return 1;
+  double total = 0, entropy = 0;
+  for (const double l : loads) total += l;
+  if (total == 0) return 1;
+  for (const double l : loads)
+    if (l > 0) entropy -= l / total * std::log(l / total);
+  return entropy / std::log(static_cast<double>(loads.size()));
+}
+
+}  // namespace knock::nn
+#endif

@@ -1,0 +1,130 @@
+#pragma once
+// Choosing experts for tokens.
+//
+// Scores are sigmoid(x W) (DeepSeek-V3, arXiv 2412.19437; Ling 2.0) or softmax(x W) (Mixtral, Qwen3-MoE), in f32
+// whatever the dtype of x. The k best of score + bias are chosen; their weights are the scores without the bias,
+// normalised over the chosen when norm_topk_prob, times routed_scaling_factor. With groups, the experts of all but the
+// topk_group best groups are left out; a group's rank is the sum of its two best biased scores.
+
+#include <knock/nn/init.hpp>
+#include <knock/nn/module.hpp>
+
+namespace knock::nn {
+
+enum class Router : uint8_t { sigmoid, softmax };
+
+struct MoEOptions {
+  int64_t hidden = 0;      ///< features of a token
+  int64_t expert_ffn = 0;  ///< features inside an expert
+  int64_t experts = 0;
+  int64_t top_k = 0;  ///< experts a token goes to
+  Router router = Router::sigmoid;
+  bool router_bias = true;     ///< loss-free balancing: a bias on the scores, for selection only
+  bool norm_topk_prob = true;  ///< weights of the chosen experts sum to one (before scaling)
+  double routed_scaling_factor = 1;
+  int64_t n_group = 1;     ///< groups of neighbouring experts
+  int64_t topk_group = 1;  ///< groups a token may choose from
+  int64_t shared_experts =
+      0;  ///< experts that every token goes to, as one SwiGLU of that many times expert_ffn features
+};
+
+/// Error naming the option when the options contradict each other.
+void check_options(const MoEOptions& options);
+
+/// What the router decided for N tokens.
+struct Routing {
+  Tensor logits;         // (N, E) f32
+  Tensor probabilities;  // (N, E) f32, rows sum to one
+  Tensor indices;        // (N, k) i64
+  Tensor weights;        // (N, k) f32
+};
+
+/// Parameter `weight` (E, hidden); buffer `e_score_correction_bias` (E) f32 when router_bias.
+class TopKRouter : public Module {
+ public:
+  explicit TopKRouter(const MoEOptions& options);
+  /// x (N, hidden)
+  Routing forward(const Tensor& x) const;
+
+  Tensor weight;
+  Tensor e_score_correction_bias;
+
+ private:
+  Tensor choose(const Tensor& scores) const;
+
+  MoEOptions options_;
+};
+
+}  // namespace knock::nn
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MOE_ROUTER)
+#include <knock/autograd/grad_mode.hpp>
+#include <knock/ops/binary.hpp>
+#include <knock/ops/index.hpp>
+#include <knock/ops/matmul.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/reduce.hpp>
+#include <knock/ops/softmax.hpp>
+#include <knock/ops/sort.hpp>
+#include <knock/ops/view.hpp>
+
+#include <limits>
+
+namespace knock::nn {
+
+KNOCK_FUNC void check_options(const MoEOptions& o) {
+  constexpr std::string_view where = "MoE";
+  check(o.hidden > 0 && o.expert_ffn > 0, where, "hidden and expert_ffn must be positive, got ", o.hidden, " and ",
+        o.expert_ffn);
+  check(o.experts > 0, where, "experts must be positive, got ", o.experts);
+  check(o.top_k > 0 && o.top_k <= o.experts, where, "top_k ", o.top_k, " is outside 1 to experts ", o.experts);
+  check(o.shared_experts >= 0, where, "shared_experts must not be negative, got ", o.shared_experts);
+  check(o.n_group > 0 && o.experts % o.n_group == 0, where, "experts ", o.experts, " is not divisible by n_group ",
+        o.n_group);
+  if (o.n_group == 1) return;
+  const int64_t group = o.experts / o.n_group;
+  check(group >= 2, where, "a group needs at least 2 experts, n_group ", o.n_group, " leaves ", group);
+  check(o.topk_group > 0 && o.topk_group <= o.n_group, where, "topk_group ", o.topk_group, " is outside 1 to n_group ",
+        o.n_group);
+  check(o.top_k <= o.topk_group * group, where, "top_k ", o.top_k, " exceeds the ", o.topk_group * group,
+        " experts of topk_group ", o.topk_group, " groups");
+}
+
+KNOCK_FUNC TopKRouter::TopKRouter(const MoEOptions& options) : options_(options) {
+  check_options(options);
+  weight = register_parameter("weight", init::linear({options.experts, options.hidden}, options.hidden));
+  if (options.router_bias)
+    e_score_correction_bias = register_buffer("e_score_correction_bias", zeros({options.experts}));
+}
+
+KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
+  Routing out;
+  out.logits = linear(x.to(DType::f32), weight.to(DType::f32));
+  const bool sigmoid_scores = options_.router == Router::sigmoid;
+  const Tensor scores = sigmoid_scores ? sigmoid(out.logits) : softmax(out.logits, -1);
+  out.probabilities = sigmoid_scores ? scores / (sum(scores, {-1}, true) + 1e-20) : scores;
+  out.indices = choose(scores);
+  out.weights = gather(scores, 1, out.indices);
+  if (options_.norm_topk_prob) out.weights = out.weights / (sum(out.weights, {-1}, true) + 1e-20);
+  if (options_.routed_scaling_factor != 1) out.weights = out.weights * options_.routed_scaling_factor;
+  return out;
+}
+
+KNOCK_FUNC Tensor TopKRouter::choose(const Tensor& scores) const {
+  const NoGradGuard no_grad;
+  Tensor biased = scores;  // (N, E)
+  if (e_score_correction_bias.defined()) biased = biased + e_score_correction_bias;
+  if (options_.n_group > 1) {
+    const int64_t tokens = scores.size(0), groups = options_.n_group, size = options_.experts / groups;
+    const Tensor grouped = biased.reshape({tokens, groups, size});
+    const Tensor rank = sum(topk(grouped, 2, -1, true).values, {-1});       // (N, groups)
+    const Tensor kept = topk(rank, options_.topk_group, -1, true).indices;  // (N, topk_group)
+    const Tensor left_out = scatter(ones({tokens, groups}), 1, kept, 0).to(DType::u8);
+    const Tensor mask = left_out.unsqueeze(2).expand({tokens, groups, size}).reshape(scores.shape());
+    biased = masked_fill(biased, mask, -std::numeric_limits<double>::infinity());
+  }
+  return topk(biased, options_.top_k, -1, true).indices;
+}
+
+}  // namespace knock::nn
+#endif

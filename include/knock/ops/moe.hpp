@@ -1,0 +1,120 @@
+#pragma once
+// Mixture of experts: every token's features go through the SwiGLU experts it was routed to.
+//
+//   out_n = sum_j s_nj W_down^e (silu(W_gate^e x_n) * (W_up^e x_n)),   e = index_nj,  j = 1..k
+//
+// Slots (n, j) are sorted by expert once, so that each expert is a few dense products over its own rows; nothing is
+// dropped. Sums run in a fixed order: the same input gives the same bits for any number of threads. Backward follows
+// SonicMoE (arXiv 2512.14080, section 3.2): only x, the products before the activation and the routing are saved; with
+// A = silu(g) * u and dA' = dy W_down,
+//
+//   ds = rowsum(dA' * A)     dW_down = (s A)^T dy     du = s dA' silu(g)     dg = s dA' u silu'(g)
+//   dW_gate = dg^T x         dW_up = du^T x           dx = sum over the token's slots of dg W_gate + du W_up
+
+#include <knock/autograd/node.hpp>
+#include <knock/core/tensor.hpp>
+
+namespace knock {
+
+/// x (N, C), indices (N, k) i64 in [0, E), weights (N, k), gate and up (E, F, C), down (E, C, F) -> (N, C).
+/// Floating tensors have one dtype. Errors: shapes or dtypes that disagree, an index outside [0, E).
+Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
+                   const Tensor& down);
+
+/// The same, one expert after the other in other ops: what moe_experts means, and its oracle.
+Tensor moe_experts_composite(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate,
+                             const Tensor& up, const Tensor& down);
+
+/// How many slots go to each expert: indices (N, k) -> (E) i64.
+Tensor expert_load(const Tensor& indices, int64_t experts);
+
+}  // namespace knock
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MOE)
+#include <knock/ops/binary.hpp>
+#include <knock/ops/index.hpp>
+#include <knock/ops/matmul.hpp>
+#include <knock/ops/mlp.hpp>
+#include <knock/ops/sort.hpp>
+#include <knock/ops/view.hpp>
+
+namespace knock {
+namespace detail {
+
+KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate,
+                          const Tensor& up, const Tensor& down) {
+  constexpr const char* op = "moe_experts";
+  check_same_device(op, {x, indices, weights, gate, up, down});
+  check(x.rank() == 2 && is_float(x.dtype()), op, "x must be floating (N, C), got ", x);
+  check(indices.rank() == 2 && indices.dtype() == DType::i64 && indices.size(0) == x.size(0), op,
+        "indices must be i64 (N, k) with N = ", x.size(0), ", got ", indices);
+  check(weights.shape() == indices.shape(), op, "weights ", weights, " must have the shape of indices ", indices);
+  check(gate.rank() == 3 && gate.size(2) == x.size(1), op, "gate must be (E, F, C) with C = ", x.size(1), ", got ",
+        gate);
+  check(up.shape() == gate.shape(), op, "up ", up, " must have the shape of gate ", gate);
+  check(down.shape() == Shape{gate.size(0), gate.size(2), gate.size(1)}, op, "down must be (E, C, F), got ", down,
+        " with gate ", gate);
+  for (const Tensor& other : {weights, gate, up, down})
+    check(other.dtype() == x.dtype(), op, "dtypes differ: x ", x, ", other ", other);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const Tensor& weights, const Tensor& gate,
+                              const Tensor& up, const Tensor& down) {
+  detail::check_moe(x_in, indices, weights, gate, up, down);
+  const Tensor x = x_in.contiguous();
+  const int64_t slots = indices.numel(), experts = gate.size(0), ffn = gate.size(1);
+  const TensorOptions options{x.dtype(), x.device()}, integers{DType::i64, x.device()};
+  Tensor order = empty({slots}, integers);          // slot n * k + j at each place of the sorted list
+  Tensor offsets = empty({experts + 1}, integers);  // where each expert's part begins
+  kernel(&Backend::moe_sort, "moe_experts", x)(indices.contiguous().array(), order.array(), offsets.array());
+  Tensor hidden = empty({slots, 2 * ffn}, options);  // gate and up products, sorted
+  Tensor out = empty(x.shape(), options);
+  const Tensor s = weights.contiguous(), w_gate = gate.contiguous(), w_up = up.contiguous(), w_down = down.contiguous();
+  kernel(&Backend::moe_forward, "moe_experts", x)(
+      {x.array(), order.array(), offsets.array(), s.array(), w_gate.array(), w_up.array(), w_down.array()},
+      hidden.array(), out.array());
+  using autograd::Saved;
+  return autograd::record(
+      "moe_experts", out, {x_in, weights, gate, up, down},
+      [x = Saved(x), s = Saved(s), w_gate = Saved(w_gate), w_up = Saved(w_up), w_down = Saved(w_down), order, offsets,
+       hidden](const autograd::Upstream& up_grad) -> Tensors {
+        up_grad.no_double_backward("use moe_experts_composite");
+        const Tensor dy = up_grad.dy().contiguous();
+        const Tensor x_now = x.get(up_grad), s_now = s.get(up_grad), gate_now = w_gate.get(up_grad),
+                     up_now = w_up.get(up_grad), down_now = w_down.get(up_grad);
+        Tensors grads = {empty_like(x_now), empty_like(s_now), empty_like(gate_now), empty_like(up_now),
+                         empty_like(down_now)};
+        kernel(&Backend::moe_backward, "moe_experts", x_now)(
+            {x_now.array(), order.array(), offsets.array(), s_now.array(), gate_now.array(), up_now.array(),
+             down_now.array()},
+            hidden.array(), dy.array(),
+            {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array()});
+        return grads;
+      });
+}
+
+KNOCK_FUNC Tensor moe_experts_composite(const Tensor& x, const Tensor& indices, const Tensor& weights,
+                                        const Tensor& gate, const Tensor& up, const Tensor& down) {
+  detail::check_moe(x, indices, weights, gate, up, down);
+  const int64_t k = indices.size(1);
+  const Tensor flat = indices.reshape({-1}), slot_weights = weights.reshape({-1});
+  Tensor out = zeros_like(x);
+  for (int64_t e = 0; e < gate.size(0); ++e) {
+    const Tensor slots = nonzero(flat == e).reshape({-1});
+    const Tensor tokens = floor_divide(slots, k);
+    const Tensor rows = index_select(x, 0, tokens);
+    const Tensor activation = swiglu(linear(rows, gate[e]), linear(rows, up[e]));
+    const Tensor scaled = linear(activation, down[e]) * index_select(slot_weights, 0, slots).unsqueeze(1);
+    out = index_add(out, 0, tokens, scaled);
+  }
+  return out;
+}
+
+KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
+  return bincount(indices.reshape({-1}), experts);
+}
+
+}  // namespace knock
+#endif
