@@ -123,10 +123,13 @@ struct Backend {
   /// a + weight (b - a), floating dtypes
   void (*lerp)(const Array& a, const Array& b, const Array& weight, const Array& out) = nullptr;
 
-  // Reductions and scans. `reduce` reduces the last `axes` axes of x; out has the leading ones. The others work along
-  // the last axis.
+  // Reductions and scans
+  /// Reduces the last `axes` axes of x; out has the leading ones. out is i64 for sums and products of integers, u8 for
+  /// any and all, and has x's dtype otherwise.
   void (*reduce)(Reduce op, const Array& x, int64_t axes, const Array& out) = nullptr;
-  void (*arg_reduce)(ArgReduce op, const Array& x, const Array& out) = nullptr;
+  /// The extremum along the last axis, which is not empty, and its first index (i64). Outputs have the leading axes;
+  /// out_values may be undefined.
+  void (*arg_reduce)(ArgReduce op, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
   void (*scan)(Scan op, const Array& x, const Array& out) = nullptr;
 
   // Moving by index: i64 indices, already checked to be in range. index and src have one shape (any strides; an index
@@ -195,7 +198,7 @@ struct Backend {
                 const Array& exp_avg_sq) = nullptr;
   /// `momentum` is undefined without momentum
   void (*sgd)(const SgdStep& step, const Array& grad, const Array& param, const Array& momentum) = nullptr;
-  /// out: one f64 element, the sum of the squares of x (any strides)
+  /// out: one f64 element, the sum of the squares of x (dense)
   void (*sum_squares)(const Array& x, const Array& out) = nullptr;
 
   // Mixture of experts; all arrays dense

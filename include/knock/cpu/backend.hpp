@@ -9,6 +9,7 @@
 #include <knock/cpu/index.hpp>
 #include <knock/cpu/moe.hpp>
 #include <knock/cpu/pointwise.hpp>
+#include <knock/cpu/reduce.hpp>
 #include <knock/cpu/rope.hpp>
 
 namespace knock {
@@ -28,6 +29,8 @@ KNOCK_FUNC const Backend& table() {
     b.binary_scalar = binary_scalar;
     b.where = where;
     b.lerp = lerp;
+    b.reduce = reduce;
+    b.arg_reduce = arg_reduce;
     b.gemm = gemm;
     b.rope = rope;
     b.gather = gather;

@@ -4,12 +4,85 @@
 // A view shares storage and costs nothing. Its gradient is the transpose of the look:
 //   reshape, squeeze, ...   dx = reshape(dy)            permute       dx = permute by the inverse
 //   select, slice, diagonal dx = zeros with dy in place expand        dx = dy summed over the stretched axes
+//   cat                     dx_i = the i-th part of dy
 // All formulas are made of ops, so they can be differentiated again. In-place writes to views: autograd/view.hpp.
 
 #include <knock/autograd/view.hpp>
 #include <knock/core/tensor.hpp>
 
+#include <string_view>
+#include <vector>
+
 namespace knock {
+
+// Joining
+// ---------------------------------------------------------------------------------------------------------------
+
+/// The tensors one after the other along dim. Shapes agree but for dim; dtypes are promoted. Error for an empty list.
+///   cat({a, b}, 1)                        // a (2, 3), b (2, 5) -> (2, 8)
+Tensor cat(const Tensors& tensors, int64_t dim = 0);
+/// Tensors of one shape side by side along a new axis `dim`.
+Tensor stack(const Tensors& tensors, int64_t dim = 0);
+
+// Parts: views that share x's storage
+// -------------------------------------------------------------------------------------
+
+/// Pieces of `size` along dim; the last one may be smaller.
+Tensors split(const Tensor& x, int64_t size, int64_t dim = 0);
+/// Pieces of the given sizes, which add up to x's extent along dim.
+Tensors split(const Tensor& x, const std::vector<int64_t>& sizes, int64_t dim = 0);
+/// At most `chunks` pieces of equal size along dim; the last one may be smaller.
+Tensors chunk(const Tensor& x, int64_t chunks, int64_t dim = 0);
+/// The slices of x along dim, without that axis.
+Tensors unbind(const Tensor& x, int64_t dim = 0);
+
+// Repeating, reordering
+// ---------------------------------------------------------------------------------------------------
+
+/// x side by side repeats[i] times along axis i; more repeats than axes add leading axes.
+Tensor repeat(const Tensor& x, const Shape& repeats);
+/// Every element `repeats` times in a row: of flattened x, or along dim.
+Tensor repeat_interleave(const Tensor& x, int64_t repeats);
+Tensor repeat_interleave(const Tensor& x, int64_t repeats, int64_t dim);
+/// x with the order along each of dims reversed; a copy.
+Tensor flip(const Tensor& x, const Shape& dims);
+/// Elements move by `shift` towards higher indices and wrap around: of flattened x, or along each of dims.
+Tensor roll(const Tensor& x, int64_t shift);
+Tensor roll(const Tensor& x, const Shape& shifts, const Shape& dims);
+
+// Triangles and padding
+// ---------------------------------------------------------------------------------------------------
+
+/// x (..., N, M) with zeros above (tril) or below (triu) the diagonal; `diagonal` > 0 moves it up.
+Tensor tril(const Tensor& x, int64_t diagonal = 0);
+Tensor triu(const Tensor& x, int64_t diagonal = 0);
+/// x with pads {last axis before, after, second last before, after, ...}. Negative pads crop. `mode` is "constant"
+/// (with `value`), "reflect" (without repeating the edge), "replicate" or "circular".
+Tensor pad(const Tensor& x, const std::vector<int64_t>& pads, std::string_view mode = "constant", Scalar value = 0);
+
+// The shape methods as functions
+// --------------------------------------------------------------------------------------------
+
+inline Tensor reshape(const Tensor& x, const Shape& shape) { return x.reshape(shape); }
+inline Tensor flatten(const Tensor& x, int64_t start_dim = 0, int64_t end_dim = -1) {
+  return x.flatten(start_dim, end_dim);
+}
+inline Tensor unflatten(const Tensor& x, int64_t dim, const Shape& extents) { return x.unflatten(dim, extents); }
+inline Tensor permute(const Tensor& x, const Shape& axes) { return x.permute(axes); }
+inline Tensor transpose(const Tensor& x, int64_t a, int64_t b) { return x.transpose(a, b); }
+inline Tensor squeeze(const Tensor& x) { return x.squeeze(); }
+inline Tensor squeeze(const Tensor& x, int64_t dim) { return x.squeeze(dim); }
+inline Tensor unsqueeze(const Tensor& x, int64_t dim) { return x.unsqueeze(dim); }
+inline Tensor select(const Tensor& x, int64_t dim, int64_t index) { return x.select(dim, index); }
+inline Tensor narrow(const Tensor& x, int64_t dim, int64_t start, int64_t length) {
+  return x.narrow(dim, start, length);
+}
+inline Tensor diagonal(const Tensor& x, int64_t offset = 0, int64_t dim1 = 0, int64_t dim2 = 1) {
+  return x.diagonal(offset, dim1, dim2);
+}
+inline Tensor broadcast_to(const Tensor& x, const Shape& shape) { return x.expand(shape); }
+/// Axis `source` moved to place `destination`; the others keep their order.
+Tensor movedim(const Tensor& x, int64_t source, int64_t destination);
 
 namespace detail {
 /// x summed down to `shape`, which broadcasts to x's shape: the gradient of broadcasting.
@@ -337,5 +410,288 @@ KNOCK_FUNC Tensor Tensor::to(Device wanted) const {
   });
 }
 
+KNOCK_FUNC Tensor movedim(const Tensor& x, int64_t source, int64_t destination) {
+  const int64_t from = wrap_dim(source, x.rank(), "movedim"), to = wrap_dim(destination, x.rank(), "movedim");
+  Shape axes;
+  for (int64_t i = 0; i < x.rank(); ++i)
+    if (i != from) axes.push_back(i);
+  if (x.rank() > 0) axes.insert(to, from);
+  return x.permute(axes);
+}
+
+KNOCK_FUNC Tensor cat(const Tensors& tensors, int64_t dim) {
+  check(!tensors.empty(), "cat", "needs at least one tensor");
+  const Tensor& first = tensors.front();
+  check(first.rank() > 0, "cat", "tensors of rank 0 cannot be joined; use stack");
+  const int64_t axis = wrap_dim(dim, first.rank(), "cat");
+  Shape joined = first.shape();
+  joined[axis] = 0;
+  DType dtype = first.dtype();
+  for (const Tensor& x : tensors) {
+    check_same_device("cat", {first, x});
+    bool fits = x.rank() == first.rank();
+    for (int64_t i = 0; fits && i < x.rank(); ++i) fits = i == axis || x.shape()[i] == first.shape()[i];
+    check(fits, "cat", "shapes may differ in dimension ", axis, " only, got ", first, " and ", x);
+    joined[axis] += x.shape()[axis];
+    dtype = promote(dtype, x.dtype(), "cat");
+  }
+  Tensor out = empty(joined, {dtype, first.device()});
+  Array part = out.array();
+  for (const Tensor& x : tensors) {
+    part.shape[axis] = x.shape()[axis];
+    kernel(&Backend::copy, "cat", out)(part, x.array());
+    part.data = static_cast<char*>(part.data) + part.strides[axis] * part.shape[axis] * size_of(dtype);
+  }
+  struct Part {
+    int64_t extent;
+    DType dtype;
+  };
+  std::vector<Part> parts;
+  for (const Tensor& x : tensors) parts.push_back({x.shape()[axis], x.dtype()});
+  return autograd::record(
+      "cat", out, tensors, [axis, parts = std::move(parts)](const autograd::Upstream& up) -> Tensors {
+        const Tensor dy = up.dy();
+        Tensors gradients;
+        int64_t start = 0;
+        for (std::size_t i = 0; i < parts.size(); start += parts[i++].extent) {
+          const bool needed = up.needs(static_cast<int64_t>(i));
+          gradients.push_back(needed ? dy.narrow(axis, start, parts[i].extent).to(parts[i].dtype) : Tensor());
+        }
+        return gradients;
+      });
+}
+
+KNOCK_FUNC Tensor stack(const Tensors& tensors, int64_t dim) {
+  check(!tensors.empty(), "stack", "needs at least one tensor");
+  const int64_t axis = wrap_dim(dim, tensors.front().rank() + 1, "stack");
+  Tensors rows;
+  for (const Tensor& x : tensors) {
+    check(x.shape() == tensors.front().shape(), "stack", "shapes must be equal, got ", tensors.front(), " and ", x);
+    rows.push_back(x.unsqueeze(axis));
+  }
+  return cat(rows, axis);
+}
+
+KNOCK_FUNC Tensors split(const Tensor& x, const std::vector<int64_t>& sizes, int64_t dim) {
+  check(x.rank() > 0, "split", "a tensor of rank 0 has no axis to split");
+  const int64_t axis = wrap_dim(dim, x.rank(), "split");
+  int64_t start = 0;
+  for (const int64_t size : sizes) {
+    check(size >= 0 && size <= x.shape()[axis] - start, "split", "a size of ", size, " where ", x.shape()[axis] - start,
+          " are left of dimension ", axis, " of ", x);
+    start += size;
+  }
+  check(start == x.shape()[axis], "split", "sizes add up to ", start, ", not to dimension ", axis, " of ", x);
+  Tensors parts;
+  start = 0;
+  for (const int64_t size : sizes) {
+    Shape shape = x.shape();
+    shape[axis] = size;
+    parts.push_back(autograd::make_view(x, shape, x.strides(), start * x.strides()[axis]));
+    start += size;
+  }
+  autograd::record("split", std::span<const Tensor>(parts), std::span(&x, 1),
+                   [axis, count = sizes.size()](const autograd::Upstream& up) -> Tensors {
+                     Tensors gradients;
+                     for (std::size_t i = 0; i < count; ++i) gradients.push_back(up.dy(static_cast<int64_t>(i)));
+                     return {cat(gradients, axis)};
+                   });
+  return parts;
+}
+
+KNOCK_FUNC Tensors split(const Tensor& x, int64_t size, int64_t dim) {
+  check(x.rank() > 0, "split", "a tensor of rank 0 has no axis to split");
+  const int64_t extent = x.shape()[wrap_dim(dim, x.rank(), "split")];
+  check(size > 0 || (size == 0 && extent == 0), "split", "size must be positive, got ", size, " for ", x);
+  std::vector<int64_t> sizes;
+  for (int64_t start = 0; start < extent; start += size) sizes.push_back(std::min(size, extent - start));
+  if (extent == 0) sizes.push_back(0);
+  return split(x, sizes, dim);
+}
+
+KNOCK_FUNC Tensors chunk(const Tensor& x, int64_t chunks, int64_t dim) {
+  check(x.rank() > 0, "chunk", "a tensor of rank 0 has no axis to split");
+  check(chunks > 0, "chunk", "number of chunks must be positive, got ", chunks);
+  const int64_t extent = x.shape()[wrap_dim(dim, x.rank(), "chunk")];
+  if (extent == 0) return split(x, std::vector<int64_t>(static_cast<std::size_t>(chunks), 0), dim);
+  return split(x, (extent + chunks - 1) / chunks, dim);
+}
+
+KNOCK_FUNC Tensors unbind(const Tensor& x, int64_t dim) {
+  check(x.rank() > 0, "unbind", "a tensor of rank 0 has no axis to take apart");
+  const int64_t axis = wrap_dim(dim, x.rank(), "unbind"), extent = x.shape()[axis];
+  Shape shape = x.shape();
+  Strides strides = x.strides();
+  shape.erase(axis);
+  strides.erase(axis);
+  Tensors slices;
+  for (int64_t i = 0; i < extent; ++i) slices.push_back(autograd::make_view(x, shape, strides, i * x.strides()[axis]));
+  if (extent == 0) return slices;
+  autograd::record("unbind", std::span<const Tensor>(slices), std::span(&x, 1),
+                   [axis, extent](const autograd::Upstream& up) -> Tensors {
+                     Tensors gradients;
+                     for (int64_t i = 0; i < extent; ++i) gradients.push_back(up.dy(i));
+                     return {stack(gradients, axis)};
+                   });
+  return slices;
+}
+
+namespace detail {
+
+/// The blocks of x along axis, each holding `block` consecutive positions, every one `repeats` times in a row.
+KNOCK_FUNC Tensor repeat_blocks(const Tensor& x, int64_t axis, int64_t block, int64_t repeats) {
+  if (repeats == 0) return x.narrow(axis, 0, 0);
+  Shape out = x.shape();
+  out[axis] *= repeats;
+  if (x.numel() == 0 || repeats == 1) return x.reshape(out);
+  const int64_t inner = Shape(x.shape().begin() + axis + 1, x.shape().end()).numel() * block;
+  return x.reshape({-1, 1, inner}).expand({-1, repeats, inner}).reshape(out);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor repeat(const Tensor& x, const Shape& repeats) {
+  check(repeats.rank() >= x.rank(), "repeat", "repeats ", repeats, " name fewer axes than ", x, " has");
+  for (const int64_t times : repeats) check(times >= 0, "repeat", "negative count in ", repeats);
+  Shape shape = Shape::filled(repeats.rank() - x.rank(), 1);
+  for (const int64_t extent : x.shape()) shape.push_back(extent);
+  Tensor out = x.reshape(shape);
+  for (int64_t i = repeats.rank() - 1; i >= 0; --i) out = detail::repeat_blocks(out, i, shape[i], repeats[i]);
+  return out.impl().storage == x.impl().storage ? out.clone() : out;
+}
+
+KNOCK_FUNC Tensor repeat_interleave(const Tensor& x, int64_t repeats, int64_t dim) {
+  check(repeats >= 0, "repeat_interleave", "number of repeats must not be negative, got ", repeats);
+  const int64_t axis = wrap_dim(dim, x.rank(), "repeat_interleave");
+  const Tensor out = detail::repeat_blocks(x.rank() == 0 ? x.reshape({1}) : x, axis, 1, repeats);
+  return out.impl().storage == x.impl().storage ? out.clone() : out;
+}
+
+KNOCK_FUNC Tensor repeat_interleave(const Tensor& x, int64_t repeats) {
+  return repeat_interleave(x.reshape({-1}), repeats, 0);
+}
+
+KNOCK_FUNC Tensor flip(const Tensor& x, const Shape& dims) {
+  Array reversed = x.array();
+  uint32_t seen = 0;
+  for (const int64_t dim : dims) {
+    const int64_t axis = wrap_dim(dim, x.rank(), "flip");
+    check((seen >> axis & 1U) == 0, "flip", "dimension ", axis, " is named twice in ", dims);
+    seen |= 1U << axis;
+    if (x.rank() == 0 || reversed.numel() == 0) continue;
+    int64_t& stride = reversed.strides[axis];
+    reversed.data = static_cast<char*>(reversed.data) + (reversed.shape[axis] - 1) * stride * size_of(x.dtype());
+    stride = -stride;
+  }
+  Tensor out = empty(x.shape(), {x.dtype(), x.device()});
+  kernel(&Backend::copy, "flip", x)(out.array(), reversed);
+  return autograd::record("flip", out, {x},
+                          [dims](const autograd::Upstream& up) -> Tensors { return {flip(up.dy(), dims)}; });
+}
+
+KNOCK_FUNC Tensor roll(const Tensor& x, const Shape& shifts, const Shape& dims) {
+  check(shifts.rank() == dims.rank() && !dims.empty(), "roll", "needs one shift for each dimension, got ", shifts,
+        " for ", dims);
+  Tensor out = x;
+  for (int64_t i = 0; i < dims.rank(); ++i) {
+    check(x.rank() > 0, "roll", "a tensor of rank 0 has no axis to roll");
+    const int64_t axis = wrap_dim(dims[i], x.rank(), "roll"), extent = x.shape()[axis];
+    if (extent == 0) continue;
+    const int64_t moved = ((shifts[i] % extent) + extent) % extent;
+    if (moved > 0) out = cat({out.narrow(axis, extent - moved, moved), out.narrow(axis, 0, extent - moved)}, axis);
+  }
+  return out.is(x) ? x.clone() : out;
+}
+
+KNOCK_FUNC Tensor roll(const Tensor& x, int64_t shift) {
+  return roll(x.reshape({-1}), {shift}, {0}).reshape(x.shape());
+}
+
+namespace detail {
+
+KNOCK_FUNC Tensor triangle(const char* op, Triangle which, const Tensor& x, int64_t diagonal) {
+  check(x.rank() >= 2, op, "needs a tensor of rank at least 2, got ", x);
+  Tensor out = empty(x.shape(), {x.dtype(), x.device()});
+  kernel(&Backend::triangle, op, x)(which, diagonal, x.array(), out.array());
+  return autograd::record(op, out, {x}, [op, which, diagonal](const autograd::Upstream& up) -> Tensors {
+    return {triangle(op, which, up.dy(), diagonal)};
+  });
+}
+
+/// x with `before` and `after` more positions along axis, taken from x as `mode` says.
+KNOCK_FUNC Tensor pad_axis(const Tensor& x, int64_t axis, int64_t before, int64_t after, std::string_view mode) {
+  const int64_t extent = x.shape()[axis], most = std::max(before, after);
+  Tensor low, high;
+  if (mode == "replicate") {
+    check(extent > 0, "pad", "replicate needs at least one element along dimension ", axis, " of ", x);
+    Shape shape = x.shape();
+    shape[axis] = before;
+    low = x.narrow(axis, 0, 1).expand(shape);
+    shape[axis] = after;
+    high = x.narrow(axis, extent - 1, 1).expand(shape);
+  } else if (mode == "reflect") {
+    check(most < extent, "pad", "reflect by ", most, " needs more than ", most, " elements along dimension ", axis,
+          " of ", x);
+    low = flip(x.narrow(axis, 1, before), {axis});
+    high = flip(x.narrow(axis, extent - 1 - after, after), {axis});
+  } else {
+    check(most <= extent, "pad", "circular by ", most, " needs at least ", most, " elements along dimension ", axis,
+          " of ", x);
+    low = x.narrow(axis, extent - before, before);
+    high = x.narrow(axis, 0, after);
+  }
+  return cat({low, x, high}, axis);
+}
+
+/// x surrounded by `value`: axis i has before[i] more positions in front, out's extent in all.
+KNOCK_FUNC Tensor pad_constant(const Tensor& x, const Shape& before, const Shape& shape, Scalar value) {
+  Tensor out = full(shape, value, {x.dtype(), x.device()});
+  Array inside = out.array();
+  for (int64_t i = 0; i < x.rank(); ++i)
+    inside.data = static_cast<char*>(inside.data) + before[i] * inside.strides[i] * size_of(x.dtype());
+  inside.shape = x.shape();
+  kernel(&Backend::copy, "pad", x)(inside, x.array());
+  return autograd::record("pad", out, {x}, [before, shape = x.shape()](const autograd::Upstream& up) -> Tensors {
+    Tensor dx = up.dy();
+    for (int64_t i = 0; i < shape.rank(); ++i) dx = dx.narrow(i, before[i], shape[i]);
+    return {dx};
+  });
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor tril(const Tensor& x, int64_t diagonal) {
+  return detail::triangle("tril", Triangle::lower, x, diagonal);
+}
+KNOCK_FUNC Tensor triu(const Tensor& x, int64_t diagonal) {
+  return detail::triangle("triu", Triangle::upper, x, diagonal);
+}
+
+KNOCK_FUNC Tensor pad(const Tensor& x, const std::vector<int64_t>& pads, std::string_view mode, Scalar value) {
+  const auto pairs = static_cast<int64_t>(pads.size() / 2);
+  check(pads.size() % 2 == 0 && pairs <= x.rank(), "pad", "needs a pair (before, after) for at most each axis of ", x,
+        ", got ", static_cast<int64_t>(pads.size()), " numbers");
+  check(mode == "constant" || mode == "reflect" || mode == "replicate" || mode == "circular", "pad", "unknown mode ",
+        mode, "; known: constant, reflect, replicate, circular");
+  Tensor out = x;
+  Shape before = Shape::filled(x.rank(), 0), after = before;
+  for (int64_t i = 0; i < pairs; ++i) {
+    const int64_t axis = x.rank() - 1 - i, extent = x.shape()[axis];
+    const int64_t low = pads[static_cast<std::size_t>(2 * i)], high = pads[static_cast<std::size_t>(2 * i + 1)];
+    check(extent + std::min<int64_t>(low, 0) + std::min<int64_t>(high, 0) >= 0, "pad", "crops ", low, " and ", high,
+          " take more than dimension ", axis, " of ", x, " has");
+    if (low < 0 || high < 0) out = out.slice(axis, std::max<int64_t>(-low, 0), extent + std::min<int64_t>(high, 0));
+    before[axis] = std::max<int64_t>(low, 0);
+    after[axis] = std::max<int64_t>(high, 0);
+  }
+  if (mode == "constant") {
+    Shape shape = out.shape();
+    for (int64_t i = 0; i < x.rank(); ++i) shape[i] += before[i] + after[i];
+    return detail::pad_constant(out, before, shape, value);
+  }
+  for (int64_t i = x.rank() - 1; i >= 0; --i)
+    if (before[i] > 0 || after[i] > 0) out = detail::pad_axis(out, i, before[i], after[i], mode);
+  return out.impl().storage == x.impl().storage ? out.clone() : out;
+}
 }  // namespace knock
 #endif
