@@ -21,9 +21,17 @@
 #include <knock/autograd/function.hpp>
 #include <knock/autograd/checkpoint.hpp>
 #include <knock/autograd/gradcheck.hpp>
+#include <knock/autograd/twin.hpp>
 
+#include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/rope.hpp>
+#include <knock/ops/softmax.hpp>
+#include <knock/ops/norm.hpp>
+#include <knock/ops/loss.hpp>
+#include <knock/ops/dropout.hpp>
+#include <knock/ops/mlp.hpp>
+#include <knock/ops/optim.hpp>
 
 #include <knock/cpu/backend.hpp>

@@ -5,12 +5,18 @@
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_BACKEND)
 #include <knock/cpu/copy.hpp>
+#include <knock/cpu/dropout.hpp>
 #include <knock/cpu/gemm.hpp>
 #include <knock/cpu/index.hpp>
+#include <knock/cpu/loss.hpp>
+#include <knock/cpu/mlp.hpp>
 #include <knock/cpu/moe.hpp>
+#include <knock/cpu/norm.hpp>
+#include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
 #include <knock/cpu/rope.hpp>
+#include <knock/cpu/softmax.hpp>
 
 namespace knock {
 
@@ -43,6 +49,22 @@ KNOCK_FUNC const Backend& table() {
     b.moe_sort = moe_sort;
     b.moe_forward = moe_forward;
     b.moe_backward = moe_backward;
+    b.softmax = softmax;
+    b.softmax_backward = softmax_backward;
+    b.rms_norm = rms_norm;
+    b.rms_norm_backward = rms_norm_backward;
+    b.layer_norm = layer_norm;
+    b.layer_norm_backward = layer_norm_backward;
+    b.cross_entropy = cross_entropy;
+    b.cross_entropy_backward = cross_entropy_backward;
+    b.nll_loss = nll_loss;
+    b.nll_loss_backward = nll_loss_backward;
+    b.swiglu = swiglu;
+    b.swiglu_backward = swiglu_backward;
+    b.dropout = dropout;
+    b.adamw = adamw;
+    b.sgd = sgd;
+    b.sum_squares = sum_squares;
     return b;
   }();
   return kernels;
