@@ -67,6 +67,9 @@ concept Element = std::is_same_v<T, float> || std::is_same_v<T, double> || std::
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, bf16>, float, T>;
 
+/// The dtype of compute_t.
+constexpr DType compute_dtype(DType dtype) { return dtype == DType::bf16 ? DType::f32 : dtype; }
+
 /// The type long sums are accumulated in: f64 for f32, f64 and bf16 alike, i64 for integers.
 template <class T>
 using accumulate_t = std::conditional_t<std::is_same_v<T, bf16> || std::is_floating_point_v<T>, double, int64_t>;

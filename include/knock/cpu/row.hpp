@@ -1,0 +1,135 @@
+#pragma once
+// Rows along the last axis, and sums over them: what softmax, the norms and cross-entropy are built on.
+//
+// A row is handed to the arithmetic as contiguous elements of the compute type. Rows that are stored so are used in
+// place; bf16 and strided ones pass through a buffer.
+
+#include <knock/core/backend.hpp>
+#include <knock/core/parallel.hpp>
+
+#include <vector>
+
+namespace knock::cpu {
+
+/// `count` elements of this thread's scratch memory; the next call on the same thread hands out the same memory.
+template <class C>
+C* row_scratch(int64_t count) {
+  thread_local std::vector<C> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(static_cast<std::size_t>(count));
+  return memory.data();
+}
+
+/// Rows that are worth a task of their own.
+inline int64_t rows_per_task(int64_t length) { return std::max<int64_t>(16384 / std::max<int64_t>(length, 1), 1); }
+
+/// The rows of an array of T: its elements along the last axis, one row for every index of the leading axes. A scalar
+/// is one row of one element.
+template <class T>
+class Rows {
+ public:
+  using C = compute_t<T>;
+
+  explicit Rows(const Array& array) : data_(array.as<T>()), leading_(array.shape), strides_(array.strides) {
+    if (array.rank() == 0) return;
+    length_ = leading_.back();
+    step_ = length_ == 1 ? 1 : strides_.back();
+    leading_.erase(array.rank() - 1);
+    strides_.erase(array.rank() - 1);
+    count_ = leading_.numel();
+    for (int64_t i = leading_.rank() - 1; i >= 0; --i) {  // merge what steps evenly
+      if (i > 0 && strides_[i - 1] == strides_[i] * leading_[i]) {
+        leading_[i - 1] *= leading_[i];
+        strides_[i - 1] = strides_[i];
+      } else if (leading_[i] != 1) {
+        continue;
+      }
+      leading_.erase(i);
+      strides_.erase(i);
+    }
+  }
+
+  int64_t count() const { return count_; }
+  int64_t length() const { return length_; }
+  /// Whether rows are used in place, without a buffer.
+  bool direct() const { return std::is_same_v<T, C> && step_ == 1; }
+  /// Buffer elements that `load` or `target` of one row needs.
+  int64_t buffer_size() const { return direct() ? 0 : length_; }
+
+  /// First element of a row as it is stored, and the distance to its next one.
+  T* stored(int64_t row) const { return data_ + offset(row); }
+  int64_t step() const { return step_; }
+
+  /// The row's elements: in place, or copied to `buffer`.
+  const C* load(int64_t row, C* buffer) const {
+    const T* from = stored(row);
+    if constexpr (std::is_same_v<T, C>) {
+      if (step_ == 1) return from;
+    }
+    for (int64_t i = 0; i < length_; ++i) buffer[i] = static_cast<C>(from[i * step_]);
+    return buffer;
+  }
+  /// Where to write a row's elements: in place, or `buffer`. `store` then brings them home.
+  C* target(int64_t row, C* buffer) const {
+    if constexpr (std::is_same_v<T, C>) {
+      if (step_ == 1) return stored(row);
+    }
+    return buffer;
+  }
+  void store(int64_t row, const C* written) const {
+    if (direct()) return;
+    T* to = stored(row);
+    for (int64_t i = 0; i < length_; ++i) to[i * step_] = static_cast<T>(written[i]);
+  }
+
+ private:
+  int64_t offset(int64_t row) const {
+    if (leading_.rank() == 1) return row * strides_[0];
+    int64_t at = 0;
+    for (int64_t i = leading_.rank() - 1; i >= 0; --i) {
+      at += row % leading_[i] * strides_[i];
+      row /= leading_[i];
+    }
+    return at;
+  }
+
+  T* data_;
+  Shape leading_;
+  Strides strides_;
+  int64_t count_ = 1, length_ = 1, step_ = 1;
+};
+
+/// Partial results of a row sum: element i goes to partial i % 32. Vectorises on every machine, and adds in the same
+/// order on all of them.
+inline constexpr int64_t row_lanes = 32;
+
+/// sum of term(i) for i in [0, n)
+template <class C, class Term>
+C row_sum(int64_t n, Term&& term) {
+  C lanes[row_lanes] = {};
+  int64_t i = 0;
+  for (; i + row_lanes <= n; i += row_lanes) {
+    KNOCK_SIMD
+    for (int64_t l = 0; l < row_lanes; ++l) lanes[l] += term(i + l);
+  }
+  for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += term(i);
+  for (int64_t width = row_lanes / 2; width > 0; width /= 2)
+    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
+  return lanes[0];
+}
+
+/// The largest element that is not NaN, -inf without any.
+template <class C>
+C row_max(const C* x, int64_t n) {
+  C lanes[row_lanes];
+  std::fill(lanes, lanes + row_lanes, -std::numeric_limits<C>::infinity());
+  int64_t i = 0;
+  for (; i + row_lanes <= n; i += row_lanes) {
+    KNOCK_SIMD
+    for (int64_t l = 0; l < row_lanes; ++l) lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+  }
+  for (int64_t l = 0; i < n; ++i, ++l) lanes[l] = x[i] > lanes[l] ? x[i] : lanes[l];
+  for (int64_t l = 1; l < row_lanes; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+  return lanes[0];
+}
+
+}  // namespace knock::cpu

@@ -1,0 +1,94 @@
+#pragma once
+// Softmax and its logarithm along the last axis, and their gradients.
+
+#include <knock/core/backend.hpp>
+
+namespace knock::cpu {
+
+void softmax(bool logarithm, const Array& x, const Array& out);
+void softmax_backward(bool logarithm, const Array& y, const Array& dy, const Array& out_dx);
+
+}  // namespace knock::cpu
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SOFTMAX)
+#include <knock/core/math.hpp>
+#include <knock/cpu/row.hpp>
+
+namespace knock::cpu {
+namespace detail {
+
+// y = exp(x - max x), then divided by its sum. A row of -inf gives -inf - -inf = NaN, as it should.
+template <class C>
+void softmax_row(const C* x, C* y, int64_t n) {
+  const C largest = row_max(x, n);
+  const C sum = row_sum<C>(n, [=](int64_t i) { return y[i] = math::exp(x[i] - largest); });
+  const C scale = 1 / sum;
+  KNOCK_SIMD
+  for (int64_t i = 0; i < n; ++i) y[i] *= scale;
+}
+
+template <class C>
+void log_softmax_row(const C* x, C* y, int64_t n) {
+  const C largest = row_max(x, n);
+  const C log_sum = std::log(row_sum<C>(n, [=](int64_t i) { return math::exp(x[i] - largest); }));
+  KNOCK_SIMD
+  for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - largest) - log_sum;
+}
+
+template <class C>
+void softmax_backward_row(const C* y, const C* dy, C* dx, int64_t n) {
+  const C dot = row_sum<C>(n, [=](int64_t i) { return y[i] * dy[i]; });
+  KNOCK_SIMD
+  for (int64_t i = 0; i < n; ++i) dx[i] = y[i] * (dy[i] - dot);
+}
+
+template <class C>
+void log_softmax_backward_row(const C* y, const C* dy, C* dx, int64_t n) {
+  const C sum = row_sum<C>(n, [=](int64_t i) { return dy[i]; });
+  KNOCK_SIMD
+  for (int64_t i = 0; i < n; ++i) dx[i] = dy[i] - math::exp(y[i]) * sum;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC void softmax(bool logarithm, const Array& x, const Array& out) {
+  dispatch_float(x.dtype, "softmax", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const Rows<T> in(x), to(out);
+    const int64_t n = in.length();
+    parallel_for(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+      C* const in_buffer = row_scratch<C>(in.buffer_size() + to.buffer_size());
+      C* const out_buffer = in_buffer + in.buffer_size();
+      for (int64_t row = begin; row < end; ++row) {
+        const C* const from = in.load(row, in_buffer);
+        C* const y = to.target(row, out_buffer);
+        logarithm ? detail::log_softmax_row(from, y, n) : detail::softmax_row(from, y, n);
+        to.store(row, y);
+      }
+    });
+  });
+}
+
+KNOCK_FUNC void softmax_backward(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) {
+  dispatch_float(y.dtype, "softmax", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const Rows<T> value(y), upstream(dy), to(out_dx);
+    const int64_t n = value.length();
+    parallel_for(value.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+      C* const y_buffer = row_scratch<C>(value.buffer_size() + upstream.buffer_size() + to.buffer_size());
+      C* const dy_buffer = y_buffer + value.buffer_size();
+      C* const dx_buffer = dy_buffer + upstream.buffer_size();
+      for (int64_t row = begin; row < end; ++row) {
+        const C* const y_row = value.load(row, y_buffer);
+        const C* const dy_row = upstream.load(row, dy_buffer);
+        C* const dx = to.target(row, dx_buffer);
+        logarithm ? detail::log_softmax_backward_row(y_row, dy_row, dx, n)
+                  : detail::softmax_backward_row(y_row, dy_row, dx, n);
+        to.store(row, dx);
+      }
+    });
+  });
+}
+
+}  // namespace knock::cpu
+#endif

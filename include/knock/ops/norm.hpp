@@ -1,0 +1,148 @@
+#pragma once
+// Normalisation over the last axis, fused forward and backward. n is its extent; means are over it.
+//
+//   rms_norm    y = x * r * weight,            r = 1 / sqrt(mean(x^2) + eps)           (Zhang, Sennrich, arXiv
+//   1910.07467) layer_norm  y = (x - m) * r * weight + bias,  r = 1 / sqrt(mean((x - m)^2) + eps)  (Ba, Kiros, Hinton,
+//   arXiv 1607.06450)
+//
+// With h = y without weight and bias, and g = dy * weight:
+//   dx = r * (g - h * mean(g * h))             rms_norm
+//   dx = r * (g - mean(g) - h * mean(g * h))   layer_norm
+//   dweight = sum over rows of dy * h,  dbias = sum over rows of dy
+//
+// Forward keeps x, r and m. bf16 rows are normalised in f32 and rounded once.
+
+#include <knock/core/tensor.hpp>
+
+namespace knock {
+
+/// x (..., n) scaled to a root mean square of 1 along the last axis, times weight (n). An undefined weight is none.
+/// The weight has x's dtype, or is f32 beside a bf16 x; the result has x's.
+Tensor rms_norm(const Tensor& x, const Tensor& weight = {}, double eps = 1e-6);
+
+/// x (..., n) shifted and scaled to mean 0 and variance 1 along the last axis, times weight (n), plus bias (n).
+/// Undefined ones are none. Both have x's dtype, or are f32 beside a bf16 x; the result has x's.
+Tensor layer_norm(const Tensor& x, const Tensor& weight = {}, const Tensor& bias = {}, double eps = 1e-5);
+
+/// The same functions written with other ops: documentation, oracle, and what create_graph differentiates.
+namespace composite {
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
+}  // namespace composite
+
+}  // namespace knock
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_NORM)
+#include <knock/autograd/twin.hpp>
+#include <knock/ops/binary.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/reduce.hpp>
+
+namespace knock {
+namespace detail {
+
+KNOCK_FUNC void check_norm(const char* op, const Tensor& x, const char* name, const Tensor& parameter) {
+  check(is_float(x.dtype()) && x.rank() > 0, op, "needs a floating input of rank 1 or more, got ", x);
+  if (!parameter.defined()) return;
+  check(parameter.shape() == Shape{x.shape().back()}, op, name, " ", parameter, " does not fit the last axis of input ",
+        x);
+  check(parameter.dtype() == x.dtype() || (x.dtype() == DType::bf16 && parameter.dtype() == DType::f32), op, name, " ",
+        parameter, " with input ", x, "; convert it with .to(DType::", x.dtype(), ")");
+  check_same_device(op, {x, parameter});
+}
+
+/// A weight or bias as the kernels read it: dense, in the compute type, without history.
+KNOCK_FUNC Tensor norm_parameter(const Tensor& parameter, const Tensor& x) {
+  if (!parameter.defined()) return {};
+  return parameter.detach().to(compute_dtype(x.dtype())).contiguous();
+}
+
+KNOCK_FUNC Array array_or_none(const Tensor& tensor) { return tensor.defined() ? tensor.array() : Array(); }
+
+/// Room for a gradient in the compute type, undefined where it is not wanted.
+KNOCK_FUNC Tensor room_for(bool wanted, const Tensor& x, const Shape& shape, DType dtype) {
+  return wanted ? empty(shape, {dtype, x.device()}) : Tensor();
+}
+
+KNOCK_FUNC Tensor in_dtype(const Tensor& gradient, const Tensor& of) {
+  return gradient.defined() ? gradient.to(of.dtype()) : gradient;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  detail::check_norm("rms_norm", x, "weight", weight);
+  const Tensor y = empty_like(x);
+  Shape rows = x.shape();
+  rows.erase(rows.rank() - 1);
+  const Tensor stats = empty(rows, {compute_dtype(x.dtype()), x.device()});
+  kernel(&Backend::rms_norm, "rms_norm", x)(x.array(), detail::array_or_none(detail::norm_parameter(weight, x)), eps,
+                                            y.array(), stats.array());
+  const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), stats,
+                         eps](const autograd::Upstream& up) -> Tensors {
+    const Tensor in = x.get(up), w = weight.get(up);
+    if (autograd::is_recording())
+      return autograd::twin_gradients(up, {in, w},
+                                      [&](const Tensors& i) { return composite::rms_norm(i[0], i[1], eps); });
+    const Tensor dy = up.dy(), dx = detail::room_for(up.needs(0), in, in.shape(), in.dtype());
+    const Tensor dw = detail::room_for(up.needs(1), in, {in.shape().back()}, stats.dtype());
+    const Tensor scale = detail::norm_parameter(w, in);
+    kernel(&Backend::rms_norm_backward, "rms_norm", in)(in.array(), detail::array_or_none(scale), stats.array(),
+                                                        dy.array(), detail::array_or_none(dx),
+                                                        detail::array_or_none(dw));
+    return {dx, detail::in_dtype(dw, w)};
+  };
+  return autograd::record("rms_norm", y, {x, weight}, backward);
+}
+
+KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  detail::check_norm("layer_norm", x, "weight", weight);
+  detail::check_norm("layer_norm", x, "bias", bias);
+  const Tensor y = empty_like(x);
+  Shape rows = x.shape();
+  rows.back() = 2;
+  const Tensor stats = empty(rows, {compute_dtype(x.dtype()), x.device()});
+  const Tensor scale = detail::norm_parameter(weight, x), shift = detail::norm_parameter(bias, x);
+  kernel(&Backend::layer_norm, "layer_norm", x)(x.array(), detail::array_or_none(scale), detail::array_or_none(shift),
+                                                eps, y.array(), stats.array());
+  const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), bias = autograd::Saved(bias), stats,
+                         eps](const autograd::Upstream& up) -> Tensors {
+    const Tensor in = x.get(up), w = weight.get(up), b = bias.get(up);
+    if (autograd::is_recording()) {
+      return autograd::twin_gradients(up, {in, w, b},
+                                      [&](const Tensors& i) { return composite::layer_norm(i[0], i[1], i[2], eps); });
+    }
+    const Shape last{in.shape().back()};
+    const Tensor dy = up.dy(), dx = detail::room_for(up.needs(0), in, in.shape(), in.dtype());
+    const Tensor dw = detail::room_for(up.needs(1), in, last, stats.dtype());
+    const Tensor db = detail::room_for(up.needs(2), in, last, stats.dtype());
+    const Tensor factor = detail::norm_parameter(w, in);
+    kernel(&Backend::layer_norm_backward, "layer_norm", in)(in.array(), detail::array_or_none(factor), stats.array(),
+                                                            dy.array(), detail::array_or_none(dx),
+                                                            detail::array_or_none(dw), detail::array_or_none(db));
+    return {dx, detail::in_dtype(dw, w), detail::in_dtype(db, b)};
+  };
+  return autograd::record("layer_norm", y, {x, weight, bias}, backward);
+}
+
+namespace composite {
+
+KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Tensor wide = x.to(compute_dtype(x.dtype()));
+  Tensor y = wide * rsqrt(mean(square(wide), {-1}, true) + eps);
+  if (weight.defined()) y = y * weight;
+  return y.to(x.dtype());
+}
+
+KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
+  const Tensor wide = x.to(compute_dtype(x.dtype()));
+  const Tensor centred = wide - mean(wide, {-1}, true);
+  Tensor y = centred * rsqrt(mean(square(centred), {-1}, true) + eps);
+  if (weight.defined()) y = y * weight;
+  if (bias.defined()) y = y + bias;
+  return y.to(x.dtype());
+}
+
+}  // namespace composite
+}  // namespace knock
+#endif
