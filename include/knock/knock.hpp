@@ -25,6 +25,7 @@
 
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
+#include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/rope.hpp>
 #include <knock/ops/softmax.hpp>
