@@ -23,6 +23,9 @@
 #include <knock/autograd/gradcheck.hpp>
 #include <knock/autograd/twin.hpp>
 
+#include <knock/ops/binary.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/inplace.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/ops/index.hpp>

@@ -130,11 +130,12 @@ class Saved {
 /// An output of the op itself kept for its backward; made before `record`.
 class SavedOutput : public Saved {
  public:
+  SavedOutput() = default;
   explicit SavedOutput(const Tensor& output, int64_t index = 0);
   Tensor get(const Upstream& up) const;
 
  private:
-  int64_t index_;
+  int64_t index_ = 0;
 };
 
 namespace detail {
@@ -393,7 +394,7 @@ KNOCK_FUNC SavedOutput::SavedOutput(const Tensor& output, int64_t index)
 
 KNOCK_FUNC Tensor SavedOutput::get(const Upstream& up) const {
   Tensor output = Saved::get(up);
-  if (!is_recording()) return output;
+  if (!is_recording() || !output.defined()) return output;
   output = detail::alias(output);
   output.impl().requires_grad = true;
   Meta& meta = meta_of(output);

@@ -130,19 +130,56 @@ class Tensor {
 
   // In-place writes (ops/inplace.hpp). They count as a write for every view of the storage; autograd follows them or
   // refuses them, and refuses to use a value saved before the write.
+  /// self += alpha other; the others likewise. Operands broadcast to self's shape and are converted to its dtype.
   Tensor& add_(const Tensor& other, Scalar alpha = 1);
   Tensor& add_(Scalar other);
-  Tensor& sub_(const Tensor& other);
+  Tensor& sub_(const Tensor& other, Scalar alpha = 1);
   Tensor& sub_(Scalar other);
   Tensor& mul_(const Tensor& other);
   Tensor& mul_(Scalar other);
   Tensor& div_(const Tensor& other);
   Tensor& div_(Scalar other);
+  template <class Other>
+  Tensor& operator+=(const Other& other) {
+    return add_(other);
+  }
+  template <class Other>
+  Tensor& operator-=(const Other& other) {
+    return sub_(other);
+  }
+  template <class Other>
+  Tensor& operator*=(const Other& other) {
+    return mul_(other);
+  }
+  template <class Other>
+  Tensor& operator/=(const Other& other) {
+    return div_(other);
+  }
+  /// self + weight (end - self)
+  Tensor& lerp_(const Tensor& end, Scalar weight);
+  /// The source may have any dtype.
   Tensor& copy_(const Tensor& source);
   Tensor& fill_(Scalar value);
   Tensor& zero_() { return fill_(0); }
   Tensor& masked_fill_(const Tensor& mask, Scalar value);
-  Tensor& clamp_(double low, double high);
+  Tensor& clamp_(Scalar low, Scalar high);
+  Tensor& neg_();
+  Tensor& abs_();
+  Tensor& square_();
+  Tensor& floor_();
+  Tensor& ceil_();
+  Tensor& round_();
+  Tensor& relu_();
+  Tensor& exp_();
+  Tensor& log_();
+  Tensor& sqrt_();
+  Tensor& rsqrt_();
+  Tensor& reciprocal_();
+  Tensor& tanh_();
+  Tensor& sigmoid_();
+  /// Draws every element anew.
+  Tensor& uniform_(double from = 0, double to = 1);
+  Tensor& normal_(double mean = 0, double deviation = 1);
 
   // Autograd (autograd/node.hpp)
   /// Whether gradients flow into this tensor.

@@ -38,15 +38,6 @@ KNOCK_FUNC void fill(const Array& out, Scalar value) {
 namespace detail {
 
 template <class To, class From>
-To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else {
-    return static_cast<To>(static_cast<compute_t<To>>(static_cast<compute_t<From>>(value)));
-  }
-}
-
-template <class To, class From>
 void copy_rows(const Array& out, const Array& in) {
   for_each_row<2>({&out, &in}, [&](const auto& offset, const auto& step, int64_t n) {
     To* to = out.as<To>() + offset[0];

@@ -13,6 +13,18 @@ namespace knock::cpu {
 /// Elements of work that are worth a task of their own.
 inline constexpr int64_t task_elements = 16384;
 
+namespace detail {
+/// An element as another type; floats become integers by truncation.
+template <class To, class From>
+To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else {
+    return static_cast<To>(static_cast<compute_t<To>>(static_cast<compute_t<From>>(value)));
+  }
+}
+}  // namespace detail
+
 /// A merged loop nest over K arrays: extents, outermost first, and each array's strides.
 template <std::size_t K>
 struct LoopNest {
