@@ -13,6 +13,7 @@
 #include <knock/core/philox.hpp>
 #include <knock/core/backend.hpp>
 #include <knock/core/tensor.hpp>
+#include <knock/core/state_dict.hpp>
 
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/autograd/node.hpp>
@@ -37,5 +38,11 @@
 #include <knock/ops/dropout.hpp>
 #include <knock/ops/mlp.hpp>
 #include <knock/ops/optim.hpp>
+
+#include <knock/optim/optimizer.hpp>
+#include <knock/optim/adamw.hpp>
+#include <knock/optim/sgd.hpp>
+#include <knock/optim/clip.hpp>
+#include <knock/optim/schedule.hpp>
 
 #include <knock/cpu/backend.hpp>

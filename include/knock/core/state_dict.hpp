@@ -9,10 +9,13 @@
 
 namespace knock {
 
+/// Names and tensors, in order.
+using NamedTensors = std::vector<std::pair<std::string, Tensor>>;
+
 /// Names and tensors in the order they were inserted. Names are unique.
 class StateDict {
  public:
-  using Entry = std::pair<std::string, Tensor>;
+  using Entry = NamedTensors::value_type;
 
   StateDict() = default;
   StateDict(std::initializer_list<Entry> entries) {
@@ -38,7 +41,7 @@ class StateDict {
   auto end() { return entries_.end(); }
 
  private:
-  std::vector<Entry> entries_;
+  NamedTensors entries_;
   std::vector<std::size_t> by_name_;  ///< positions in entries_, sorted by name
   std::size_t lower_bound(std::string_view name) const;
 };

@@ -20,8 +20,6 @@
 
 namespace knock::nn {
 
-using NamedTensors = std::vector<std::pair<std::string, Tensor>>;
-
 class Module {
  public:
   Module() = default;
