@@ -1,0 +1,298 @@
+#pragma once
+// Products of matrices on one thread: packing, and the loops around the micro-kernel.
+//
+// K is walked in blocks; b lies in panels as wide as the micro-kernel (one panel of a block of K fills two thirds of
+// the L1 cache), a tile of rows of a stays in the L2 cache, and the micro-kernel (cpu/gemm_kernel.hpp) keeps its
+// results in registers. a is read where it lies when its rows are contiguous. bf16 becomes f32 as it is packed.
+//
+// For kernels to build on: included in their bodies only.
+
+#include <knock/core/dtype.hpp>
+#include <knock/cpu/gemm_kernel.hpp>
+
+#include <algorithm>
+#include <new>
+
+namespace knock::cpu {
+
+/// A strided matrix: element (i, j) is data[i * row_stride + j * col_stride].
+template <class T>
+struct Matrix {
+  T* data = nullptr;
+  int64_t row_stride = 0, col_stride = 1;
+
+  T& operator()(int64_t i, int64_t j) const { return data[i * row_stride + j * col_stride]; }
+  Matrix t() const { return {data, col_stride, row_stride}; }
+  Matrix block(int64_t i, int64_t j) const { return {data + i * row_stride + j * col_stride, row_stride, col_stride}; }
+  operator Matrix<const T>() const { return {data, row_stride, col_stride}; }
+};
+
+/// Steps of K between two visits of an output tile.
+inline constexpr int64_t k_block = 256;
+
+/// Columns of packed panels: n rounded up to whole ones.
+template <class C>
+int64_t padded_cols(int64_t n) {
+  const int64_t width = micro_kernels<C>().cols;
+  return (n + width - 1) / width * width;
+}
+
+/// A (K, N) matrix in panels: for every block of K, panels of (block, width) elements, zeros beyond N. C is float or
+/// double.
+template <class C>
+struct Packed {
+  const C* data = nullptr;
+  int64_t cols = 0;  ///< padded_cols(N)
+
+  /// Rows from `p` (a multiple of k_block, `depth` of them) of the panel that starts at column `col`.
+  const C* panel(int64_t p, int64_t depth, int64_t col) const { return data + p * cols + col * depth; }
+};
+
+/// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a multiple of k_block (and depth at most that)
+/// and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns.
+template <class T, class C>
+void pack_block(Matrix<const T> b, int64_t p, int64_t depth, int64_t col, int64_t n, C* packed, int64_t cols);
+
+/// Packs all of b (k, n) into k * padded_cols(n) elements, on this thread.
+template <class T, class C>
+Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed);
+
+/// out = alpha a b + beta c on this thread, with columns [col, col + n) of a packed b; col is a multiple of the panel
+/// width.
+template <class T, class C>
+void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
+                     Matrix<const T> c, Matrix<T> out);
+
+/// out (m, n) = alpha a b + beta c on this thread; packs what must be packed.
+template <class T, class C>
+void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta, Matrix<const T> c,
+              Matrix<T> out);
+
+/// Scratch memory of this thread, 64-byte aligned; `slot` tells apart what is in use at the same time. It lasts until
+/// the next call with the slot.
+enum class Slot : uint8_t { left, right, tile, edge, user0, user1, user2, user3, count };
+template <class C>
+C* thread_scratch(Slot slot, int64_t count) {
+  struct Buffer {
+    void* data = nullptr;
+    int64_t bytes = 0;
+    ~Buffer() { ::operator delete (data, std::align_val_t{64}); }
+  };
+  thread_local Buffer buffers[static_cast<int>(Slot::count)];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  const int64_t bytes = count * static_cast<int64_t>(sizeof(C));
+  if (buffer.bytes < bytes) {
+    ::operator delete (buffer.data, std::align_val_t{64});
+    buffer = {};
+    buffer.data = ::operator new (static_cast<std::size_t>(bytes), std::align_val_t{64});
+    buffer.bytes = bytes;
+  }
+  return static_cast<C*>(buffer.data);
+}
+
+namespace detail {
+
+/// to[p * width + j] = b(p, j) for j < n, and 0 up to width.
+template <class T, class C>
+void pack_panel(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, C* to) {
+  if (b.col_stride == 1) {
+    for (int64_t p = 0; p < depth; ++p) {
+      const T* row = b.data + p * b.row_stride;
+      C* line = to + p * width;
+      KNOCK_SIMD
+      for (int64_t j = 0; j < n; ++j) line[j] = static_cast<C>(row[j]);
+      for (int64_t j = n; j < width; ++j) line[j] = 0;
+    }
+    return;
+  }
+  // Transposed in small squares, which both caches and registers like.
+  constexpr int64_t square = 8;
+  int64_t j = 0;
+  for (; j + square <= n; j += square) {
+    int64_t p = 0;
+    for (; b.row_stride == 1 && p + square <= depth; p += square) {
+      C block[square][square];
+      for (int64_t r = 0; r < square; ++r)
+        for (int64_t s = 0; s < square; ++s) block[s][r] = static_cast<C>(b.data[p + s + (j + r) * b.col_stride]);
+      for (int64_t s = 0; s < square; ++s)
+        for (int64_t r = 0; r < square; ++r) to[(p + s) * width + j + r] = block[s][r];
+    }
+    for (; p < depth; ++p)
+      for (int64_t r = 0; r < square; ++r) to[p * width + j + r] = static_cast<C>(b(p, j + r));
+  }
+  for (; j < width; ++j)
+    for (int64_t p = 0; p < depth; ++p) to[p * width + j] = j < n ? static_cast<C>(b(p, j)) : C(0);
+}
+
+/// Row tiles are split into strips of nearly equal height, at most `rows`: strip s starts here.
+inline int64_t strip_start(int64_t m, int64_t strips, int64_t s) { return m * s / strips; }
+
+/// A tile of a as the micro-kernel reads it.
+template <class C>
+struct Left {
+  const C* data;
+  int64_t row_stride, step;
+  bool strips;  ///< packed strip by strip: strip rows are neighbours
+
+  const C* strip(int64_t start, int64_t depth) const { return data + start * (strips ? depth : row_stride); }
+};
+
+/// a's rows [0, m) and columns [0, depth): in place when rows are contiguous elements of C, otherwise packed.
+template <class T, class C>
+Left<C> left_tile(Matrix<const T> a, int64_t m, int64_t depth, int64_t strips) {
+  const bool contiguous_rows = a.col_stride == 1 || depth == 1;
+  if constexpr (std::is_same_v<T, C>) {
+    const bool collide = a.row_stride * static_cast<int64_t>(sizeof(C)) % 4096 == 0;  // rows share their places in L1
+    if (contiguous_rows && !(collide && m > 4)) return {a.data, a.row_stride, 1, false};
+  }
+  C* to = thread_scratch<C>(Slot::left, m * (depth + 16));
+  if (contiguous_rows) {
+    for (int64_t i = 0; i < m; ++i) {
+      const T* row = a.data + i * a.row_stride;
+      KNOCK_SIMD
+      for (int64_t p = 0; p < depth; ++p) to[i * (depth + 16) + p] = static_cast<C>(row[p]);
+    }
+    return {to, depth + 16, 1, false};
+  }
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t start = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - start;
+    pack_panel(a.block(start, 0).t(), depth, rows, rows, to + start * depth);
+  }
+  return {to, 1, 0, true};
+}
+
+/// One tile of one block of K: every strip of a with every panel of b.
+template <class C>
+void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<C>& a, int64_t strips, const C* b,
+                    int64_t panel_stride, int64_t b_step, MicroOutput<C> to) {
+  const MicroKernels<C>& kernels = micro_kernels<C>();
+  for (int64_t col = 0; col < n; col += kernels.cols) {
+    const int64_t cols = std::min(kernels.cols, n - col);
+    const C* panel = b + col * panel_stride;
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t start = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - start;
+      MicroOutput<C> part = to;
+      part.out += start * to.out_stride + col;
+      if (to.beta != 0) part.addend += start * to.addend_stride + col;
+      const C* strip = a.strip(start, depth);
+      const int64_t a_row = a.row_stride, a_step = a.strips ? rows : a.step;
+      if (cols == kernels.cols) {
+        kernels.run[rows - 1](depth, strip, a_row, a_step, panel, b_step, part);
+        continue;
+      }
+      C* edge = thread_scratch<C>(Slot::edge, rows * kernels.cols);
+      kernels.run[rows - 1](depth, strip, a_row, a_step, panel, b_step, {edge, kernels.cols, nullptr, 0, to.alpha, 0});
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < cols; ++j) {
+          C value = edge[i * kernels.cols + j];
+          if (to.beta != 0) value += to.beta * part.addend[i * to.addend_stride + j];
+          part.out[i * to.out_stride + j] = value;
+        }
+    }
+  }
+}
+
+/// out = beta addend, for K = 0 and as a start.
+template <class T, class C>
+void scale_addend(int64_t m, int64_t n, C beta, Matrix<const T> c, Matrix<C> out) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) out(i, j) = beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0);
+}
+
+/// Runs `tile(beta, addend, stride, out, stride)` on out itself, or on a tile of C that is then converted to out.
+template <class T, class C, class Tile>
+void with_output(int64_t m, int64_t n, C beta, Matrix<const T> c, Matrix<T> out, Tile tile) {
+  if constexpr (std::is_same_v<T, C>) {
+    if (out.col_stride == 1 && (beta == 0 || c.col_stride == 1))
+      return tile(beta, c.data, c.row_stride, out.data, out.row_stride);
+  }
+  const int64_t stride = padded_cols<C>(n);
+  C* staged = thread_scratch<C>(Slot::tile, m * stride);
+  scale_addend(m, n, beta, c, Matrix<C>{staged, stride, 1});
+  tile(C(1), staged, stride, staged, stride);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<T>(staged[i * stride + j]);
+}
+
+/// All blocks of K of one tile. `right(p, depth)` gives the first panel, the distance of panels per column, and the row
+/// step.
+template <class C>
+struct Right {
+  const C* data;
+  int64_t panel_stride, step;
+};
+template <class T, class C, class RightOf>
+void multiply_blocks(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, RightOf right, C beta,
+                     Matrix<const T> c, Matrix<T> out) {
+  if (m == 0 || n == 0) return;
+  const int64_t rows = micro_kernels<C>().rows, strips = (m + rows - 1) / rows;
+  with_output<T, C>(
+      m, n, beta, c, out, [&](C factor, const C* addend, int64_t addend_stride, C* to, int64_t to_stride) {
+        if (k == 0)
+          return scale_addend(m, n, factor, Matrix<const C>{addend, addend_stride, 1}, Matrix<C>{to, to_stride, 1});
+        for (int64_t p = 0; p < k; p += k_block) {
+          const int64_t depth = std::min(k_block, k - p);
+          const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth, strips);
+          const Right<C> b = right(p, depth);
+          const MicroOutput<C> first{to, to_stride, addend, addend_stride, alpha, factor},
+              next{to, to_stride, to, to_stride, alpha, 1};
+          multiply_block(m, n, depth, left, strips, b.data, b.panel_stride, b.step, p == 0 ? first : next);
+        }
+      });
+}
+
+}  // namespace detail
+
+template <class T, class C>
+void pack_block(Matrix<const T> b, int64_t p, int64_t depth, int64_t col, int64_t n, C* packed, int64_t cols) {
+  const int64_t width = micro_kernels<C>().cols;
+  for (int64_t j = 0; j < n; j += width)
+    detail::pack_panel(b.block(p, col + j), depth, std::min(width, n - j), width,
+                       packed + p * cols + (col + j) * depth);
+}
+
+template <class T, class C>
+Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed) {
+  const int64_t cols = padded_cols<C>(n);
+  for (int64_t p = 0; p < k; p += k_block) pack_block(b, p, std::min(k_block, k - p), 0, n, packed, cols);
+  return {packed, cols};
+}
+
+template <class T, class C>
+void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
+                     Matrix<const T> c, Matrix<T> out) {
+  const int64_t width = micro_kernels<C>().cols;
+  detail::multiply_blocks(
+      m, n, k, alpha, a,
+      [&](int64_t p, int64_t depth) -> detail::Right<C> {
+        return {b.panel(p, depth, col), depth, width};
+      },
+      beta, c, out);
+}
+
+template <class T, class C>
+void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta, Matrix<const T> c,
+              Matrix<T> out) {
+  const MicroKernels<C>& kernels = micro_kernels<C>();
+  const int64_t cols = padded_cols<C>(n);
+  if constexpr (std::is_same_v<T, C>) {
+    const bool used_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
+    if (b.col_stride == 1 && n == cols && used_once)
+      return detail::multiply_blocks(
+          m, n, k, alpha, a,
+          [&](int64_t p, int64_t) -> detail::Right<C> {
+            return {b.data + p * b.row_stride, 1, b.row_stride};
+          },
+          beta, c, out);
+  }
+  detail::multiply_blocks(
+      m, n, k, alpha, a,
+      [&](int64_t p, int64_t depth) -> detail::Right<C> {
+        C* packed = thread_scratch<C>(Slot::right, depth * cols);
+        pack_block(b.block(p, 0), 0, depth, 0, n, packed, cols);
+        return {packed, depth, kernels.cols};
+      },
+      beta, c, out);
+}
+
+}  // namespace knock::cpu
