@@ -164,11 +164,10 @@ KNOCK_FUNC Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOpt
   const int64_t axis = detail::class_axis(log_probs), classes = log_probs.size(axis);
   Shape along = Shape::filled(log_probs.rank(), 1);
   along[axis] = classes;
-  const TensorOptions i64{DType::i64, log_probs.device()};
-  const Tensor counted = ne(target, scalar_tensor(options.ignore_index, i64)).unsqueeze(axis);
-  const Tensor hit = eq(arange(0, classes, 1, i64).reshape(along), target.to(DType::i64).unsqueeze(axis));
-  const Tensor picked = where(logical_and(hit, counted), log_probs, zeros({}, {log_probs.dtype(), log_probs.device()}));
-  const Tensor loss = -sum(picked, {axis});
+  const Tensor index = target.to(DType::i64).unsqueeze(axis);
+  const Tensor counted = index != options.ignore_index;
+  const Tensor hit = arange(0, classes, 1, {DType::i64, log_probs.device()}).reshape(along) == index;
+  const Tensor loss = -sum(where(logical_and(hit, counted), log_probs, 0), {axis});
   if (options.reduction != Reduction::mean) return detail::reduce_loss(loss, options.reduction);
   return sum(loss) / sum(counted.to(log_probs.dtype()));
 }
@@ -176,16 +175,14 @@ KNOCK_FUNC Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOpt
 KNOCK_FUNC Tensor cross_entropy(const Tensor& logits, const Tensor& target, CrossEntropyOptions options) {
   const int64_t axis = detail::class_axis(logits);
   const Tensor log_probs = composite::log_softmax(logits, axis);
-  const NllOptions nll{options.ignore_index, options.reduction};
-  const Tensor at_target = composite::nll_loss(log_probs, target, nll);
+  const Tensor at_target = composite::nll_loss(log_probs, target, {options.ignore_index, options.reduction});
   const double s = options.label_smoothing;
   if (s == 0) return at_target;
-  const Tensor everywhere = -mean(log_probs, {axis});
-  const Tensor counted = ne(target, scalar_tensor(options.ignore_index, {target.dtype(), target.device()}));
-  const Tensor kept = where(counted, everywhere, zeros({}, {logits.dtype(), logits.device()}));
-  Tensor smooth = detail::reduce_loss(kept, options.reduction == Reduction::none ? Reduction::none : Reduction::sum);
-  if (options.reduction == Reduction::mean) smooth = smooth / sum(counted.to(logits.dtype()));
-  return at_target * (1 - s) + smooth * s;
+  const Tensor counted = target.to(DType::i64) != options.ignore_index;
+  Tensor everywhere = where(counted, -mean(log_probs, {axis}), 0);
+  if (options.reduction == Reduction::sum) everywhere = sum(everywhere);
+  if (options.reduction == Reduction::mean) everywhere = sum(everywhere) / sum(counted.to(logits.dtype()));
+  return at_target * (1 - s) + everywhere * s;
 }
 
 }  // namespace composite
