@@ -108,16 +108,16 @@ inline bool is_contiguous(const Shape& shape, const Strides& strides) {
   return true;
 }
 
-/// Number of elements, checked: an error when an extent is negative or the product overflows.
+/// Number of elements, checked: an error when an extent is negative or the strides or the size in bytes would overflow.
 inline int64_t checked_numel(const Shape& shape, std::string_view where) {
   constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 16;
-  int64_t n = 1;
+  int64_t n = 1;  // with an extent of 0 counted as 1, as strides do
   for (const int64_t extent : shape) {
     check(extent >= 0, where, "negative extent in shape ", shape);
     check(extent == 0 || n <= limit / extent, where, "shape ", shape, " has too many elements");
-    n *= extent;
+    n *= std::max<int64_t>(extent, 1);
   }
-  return n;
+  return shape.numel() == 0 ? 0 : n;
 }
 
 /// An axis number in [0, rank); negative ones count from the end. A scalar has one axis for this purpose.
