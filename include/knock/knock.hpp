@@ -28,6 +28,7 @@
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/inplace.hpp>
 #include <knock/ops/reduce.hpp>
+#include <knock/ops/scan.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
@@ -44,5 +45,7 @@
 #include <knock/optim/sgd.hpp>
 #include <knock/optim/clip.hpp>
 #include <knock/optim/schedule.hpp>
+
+#include <knock/io/safetensors.hpp>
 
 #include <knock/cpu/backend.hpp>

@@ -54,7 +54,7 @@ enum class Binary : uint8_t;  // ops/pointwise_functors.hpp
 struct PointwiseParams;       // ops/pointwise_functors.hpp
 
 enum class Random : uint8_t { uniform, normal, integer };
-enum class Reduce : uint8_t { sum, mean, prod, max, min, any, all };
+enum class Reduce : uint8_t { sum, mean, prod, norm, max, min, any, all };
 enum class ArgReduce : uint8_t { max, min };
 enum class Scan : uint8_t { sum, prod };
 
@@ -130,7 +130,10 @@ struct Backend {
   /// The extremum along the last axis, which is not empty, and its first index (i64). Outputs have the leading axes;
   /// out_values may be undefined.
   void (*arg_reduce)(ArgReduce op, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
+  /// Running results along the last axis; out is i64 for integers and has x's dtype otherwise.
   void (*scan)(Scan op, const Array& x, const Array& out) = nullptr;
+  /// out_i = a_i out_(i-1) + b_i along the last axis, starting from 0; floating dtypes.
+  void (*recurrence)(const Array& a, const Array& b, const Array& out) = nullptr;
 
   // Moving by index: i64 indices, already checked to be in range. index and src have one shape (any strides; an index
   // that is the same along an axis has stride 0 there), which exceeds out's in no axis but `axis`.

@@ -15,6 +15,7 @@
 #include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
+#include <knock/cpu/scan.hpp>
 #include <knock/cpu/rope.hpp>
 #include <knock/cpu/softmax.hpp>
 
@@ -37,6 +38,8 @@ KNOCK_FUNC const Backend& table() {
     b.lerp = lerp;
     b.reduce = reduce;
     b.arg_reduce = arg_reduce;
+    b.scan = scan;
+    b.recurrence = recurrence;
     b.gemm = gemm;
     b.rope = rope;
     b.gather = gather;

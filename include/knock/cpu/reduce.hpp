@@ -21,13 +21,14 @@ void arg_reduce(ArgReduce op, const Array& x, const Array& out_values, const Arr
 #include <knock/core/storage.hpp>
 #include <knock/cpu/iterate.hpp>
 
+#include <cmath>
 #include <limits>
 
 namespace knock::cpu {
 
 namespace detail {
 
-// How a reduction reads an element and joins two results.
+// How a reduction starts, reads an element, joins two results, and what it makes of the last one.
 
 template <class T>
 struct SumOp {
@@ -36,20 +37,30 @@ struct SumOp {
   static Acc start() { return 0; }
   static Acc load(T value) { return static_cast<Acc>(static_cast<compute_t<T>>(value)); }
   static Acc join(Acc a, Acc b) { return a + b; }
+  static Acc last(Acc a) { return a; }
 };
 
 template <class T>
-struct ProdOp {
+struct ProdOp : SumOp<T> {
   using Acc = accumulate_t<T>;
-  using Out = std::conditional_t<is_float(dtype_of<T>()), T, int64_t>;
   static Acc start() { return 1; }
-  static Acc load(T value) { return static_cast<Acc>(static_cast<compute_t<T>>(value)); }
   static Acc join(Acc a, Acc b) { return a * b; }
+};
+
+/// Euclidean norm: the root of the sum of squares.
+template <class T>
+struct NormOp : SumOp<T> {
+  static double load(T value) {
+    const double wide = static_cast<compute_t<T>>(value);
+    return wide * wide;
+  }
+  static double last(double a) { return std::sqrt(a); }
 };
 
 template <class T, bool largest>
 struct ExtremumOp {
   using Acc = compute_t<T>;
+  static Acc last(Acc a) { return a; }
   using Out = T;
   static Acc start() {
     using Limits = std::numeric_limits<Acc>;
@@ -179,7 +190,7 @@ const ReduceLoops& reduce_loops() {
             Out* to = static_cast<Out*>(out);
             for (int64_t c = 0; c < n; ++c) {
               if constexpr (std::is_same_v<Acc, double>) {
-                to[c * out_step] = static_cast<Out>(static_cast<compute_t<Out>>(from[c] / count));
+                to[c * out_step] = static_cast<Out>(static_cast<compute_t<Out>>(Op::last(from[c] / count)));
               } else {
                 to[c * out_step] = static_cast<Out>(from[c]);
               }
@@ -303,6 +314,9 @@ const ReduceLoops& reduce_loops(Reduce op) {
       break;
     case Reduce::prod:
       return reduce_loops<ProdOp<T>, T>();
+    case Reduce::norm:
+      if constexpr (is_float(dtype_of<T>())) return reduce_loops<NormOp<T>, T>();
+      break;
     case Reduce::max:
       return reduce_loops<ExtremumOp<T, true>, T>();
     case Reduce::min:

@@ -39,6 +39,39 @@ Tensor sum(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
 /// Arithmetic mean of floats; NaN without elements.
 Tensor mean(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
 
+/// Product; 1 without elements. Integers (u8 too) give i64.
+Tensor prod(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
+
+/// Largest and smallest element; NaN where an element is NaN. Error where there is no element to choose. Ties share the
+/// gradient equally.
+Tensor amax(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
+Tensor amin(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
+/// The same over all elements; a NaN result passes its gradient to the NaNs.
+Tensor max(const Tensor& x);
+Tensor min(const Tensor& x);
+/// Extrema along dim and the index of the first of each, which gets the gradient. NaN counts as an extremum.
+///   auto [values, indices] = max(x, -1);
+ValuesIndices max(const Tensor& x, int64_t dim, bool keepdim = false);
+ValuesIndices min(const Tensor& x, int64_t dim, bool keepdim = false);
+
+struct VarOptions {
+  int64_t correction = 1;  ///< c: squared deviations are divided by max(n - c, 0); 1 for samples, 0 for populations
+  bool keepdim = false;
+};
+
+/// Variance of floats, by the corrected two-pass algorithm (Chan, Golub, LeVeque, "Algorithms for computing the sample
+/// variance", 1983). NaN where n is c. `stddev` is its root (torch::std); at 0 its gradient is 0.
+Tensor var(const Tensor& x, const Dims& dims = {}, VarOptions options = {});
+Tensor stddev(const Tensor& x, const Dims& dims = {}, VarOptions options = {});
+
+/// (sum |x|^p)^(1/p) of floats. p = inf and -inf give the largest and smallest |x|, p = 0 the number of elements that
+/// are not 0 (without gradient).
+Tensor norm(const Tensor& x, double p = 2, const Dims& dims = {}, bool keepdim = false);
+
+/// log(sum(exp(x))) of floats, without overflow; -inf without elements. Where all elements are -inf so is the result,
+/// and its gradient is NaN, as PyTorch's.
+Tensor logsumexp(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
+
 /// Whether some element, and whether every element, is not 0 (NaN is not 0), as u8.
 Tensor any(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
 Tensor all(const Tensor& x, const Dims& dims = {}, bool keepdim = false);
@@ -53,10 +86,19 @@ Tensor argmin(const Tensor& x, int64_t dim, bool keepdim = false);
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_REDUCE)
+#include <knock/ops/binary.hpp>
+#include <knock/ops/index.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/scan.hpp>
 #include <knock/ops/view.hpp>
+
+#include <cmath>
 
 namespace knock {
 namespace detail {
+
+Tensor sum_at(const Shape& shape, int64_t axis, const Tensor& index, const Tensor& src);    // ops/index.hpp
+Tensor cumulative(const char* op, Scan kind, const Tensor& x, int64_t axis, bool reverse);  // ops/scan.hpp
 
 /// What a reduction of `shape` over `dims` does.
 struct ReducedAxes {
@@ -162,6 +204,198 @@ KNOCK_FUNC Tensor mean(const Tensor& x, const Dims& dims, bool keepdim) {
   return autograd::record("mean", y, {x}, [axes, shape = x.shape()](const autograd::Upstream& up) -> Tensors {
     return {detail::stretch(up.dy() * (1.0 / static_cast<double>(axes.count)), axes, shape)};
   });
+}
+
+namespace detail {
+
+/// The product of the other elements along the last axis: of those before times of those after.
+KNOCK_FUNC Tensor product_of_others(const Tensor& x) {
+  if (x.size(-1) == 0) return x;
+  Shape edge = x.shape();
+  edge.back() = 1;
+  const Tensor one = ones(edge, {x.dtype(), x.device()});
+  const int64_t axis = x.rank() - 1, n = x.size(-1) - 1;
+  const Tensor before = cat({one, cumulative("cumprod", Scan::prod, x.narrow(-1, 0, n), axis, false)}, -1);
+  const Tensor after = cat({cumulative("cumprod", Scan::prod, x.narrow(-1, 1, n), axis, true), one}, -1);
+  return before * after;
+}
+
+KNOCK_FUNC Tensor extremum(const char* op, Reduce kind, const Tensor& x, const Dims& dims, bool keepdim,
+                           bool nan_ties) {
+  const ReducedAxes axes = reduced_axes(op, x.shape(), dims);
+  check_not_empty(op, x, axes);
+  const Tensor y = reduce(op, kind, x, axes, keepdim, x.dtype());
+  return autograd::record(
+      op, y, {x},
+      [axes, nan_ties, x = autograd::Saved(x), y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
+        const Tensor from = x.get(up).detach(), best = stretch(y.get(up).detach(), axes, from.shape());
+        Tensor ties = eq(from, best);
+        if (nan_ties) ties = logical_or(ties, logical_and(isnan(from), isnan(best)));
+        const Tensor share = ties.to(from.dtype());
+        const Tensor count = reduce("sum", Reduce::sum, share, axes, true, from.dtype());
+        return {stretch(up.dy().reshape(axes.kept_as_one) / count, axes, from.shape()) * share};
+      });
+}
+
+KNOCK_FUNC ValuesIndices extremum_along(const char* op, ArgReduce kind, const Tensor& x, int64_t dim, bool keepdim) {
+  const ValuesIndices out = arg_reduce(op, kind, x, dim, keepdim, true);
+  const int64_t axis = wrap_dim(dim, x.rank(), op);
+  autograd::record(op, {out.values, out.indices}, {x},
+                   [axis, keepdim, shape = x.shape(),
+                    indices = autograd::Saved(out.indices)](const autograd::Upstream& up) -> Tensors {
+                     if (shape.rank() == 0) return {up.dy(0)};
+                     const Tensor dy = keepdim ? up.dy(0) : up.dy(0).unsqueeze(axis);
+                     const Tensor at = keepdim ? indices.get(up) : indices.get(up).unsqueeze(axis);
+                     return {sum_at(shape, axis, at, dy)};
+                   });
+  return out;
+}
+
+/// Sum of squared deviations over `freedom`, in keepdim form; not recorded.
+KNOCK_FUNC Tensor variance(const Tensor& x, const ReducedAxes& axes, double freedom) {
+  const NoGradGuard guard;
+  const Tensor deviation = x - reduce("mean", Reduce::mean, x, axes, true, x.dtype());
+  const Tensor squares = reduce("sum", Reduce::sum, square(deviation), axes, true, x.dtype());
+  const Tensor residue = reduce("sum", Reduce::sum, deviation, axes, true, x.dtype());  // of the mean's rounding
+  return (squares - square(residue) * (1.0 / static_cast<double>(axes.count))) / freedom;
+}
+
+KNOCK_FUNC double degrees_of_freedom(const ReducedAxes& axes, int64_t correction) {
+  return static_cast<double>(std::max<int64_t>(axes.count - correction, 0));
+}
+
+/// sum |x|^p and its root; not recorded.
+KNOCK_FUNC Tensor general_norm(const Tensor& x, double p, const ReducedAxes& axes, bool keepdim) {
+  const NoGradGuard guard;
+  const auto total = [&](Reduce kind, const Tensor& of) {
+    return reduce("norm", kind, of, axes, keepdim, sum_dtype(of.dtype()));
+  };
+  if (p == 0) return total(Reduce::sum, ne(x, 0)).to(x.dtype());
+  const Tensor magnitude = abs(x);
+  if (p == 1) return total(Reduce::sum, magnitude);
+  if (!std::isinf(p)) return pow(total(Reduce::sum, pow(magnitude, p)), 1 / p);
+  check_not_empty("norm", x, axes);
+  return total(p > 0 ? Reduce::max : Reduce::min, magnitude);
+}
+
+/// log(sum(exp(x))), in keepdim form; not recorded.
+KNOCK_FUNC Tensor log_sum_exp(const Tensor& x, const ReducedAxes& axes) {
+  const NoGradGuard guard;
+  if (axes.count == 0) return full(axes.kept_as_one, -std::numeric_limits<double>::infinity(), {x.dtype(), x.device()});
+  Tensor largest = reduce("logsumexp", Reduce::max, x, axes, true, x.dtype());
+  largest = masked_fill(largest, isinf(largest), 0);
+  return log(reduce("logsumexp", Reduce::sum, exp(x - largest), axes, true, x.dtype())) + largest;
+}
+
+/// dy sign(x) (|x| / y)^(p - 1), without the factor dy and without NaN at 0; for p = inf and -inf an equal share of the
+/// ties.
+KNOCK_FUNC Tensor norm_slope(const Tensor& x, const Tensor& y, double p, const Dims& dims) {
+  if (p == 1) return sign(x);
+  const Tensor magnitude = abs(x);
+  if (std::isinf(p)) {
+    const Tensor ties = eq(magnitude, y).to(x.dtype());
+    return sign(x) * (ties / sum(ties, dims, true));
+  }
+  const Tensor slope = sign(x) * pow(magnitude / y, p - 1);
+  return masked_fill(slope, p < 1 ? logical_or(eq(y, 0), eq(x, 0)) : eq(y, 0), 0);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor prod(const Tensor& x, const Dims& dims, bool keepdim) {
+  const detail::ReducedAxes axes = detail::reduced_axes("prod", x.shape(), dims);
+  const Tensor y = detail::reduce("prod", Reduce::prod, x, axes, keepdim, detail::sum_dtype(x.dtype()));
+  return autograd::record("prod", y, {x}, [axes, x = autograd::Saved(x)](const autograd::Upstream& up) -> Tensors {
+    const Tensor moved = x.get(up).permute(axes.order);  // kept axes, reduced axes
+    Shape rows = axes.kept, back = axes.order;
+    rows.push_back(axes.count);
+    for (int64_t i = 0; i < back.rank(); ++i) back[axes.order[i]] = i;
+    const Tensor others = detail::product_of_others(moved.reshape(rows)).reshape(moved.shape()).permute(back);
+    return {up.dy().reshape(axes.kept_as_one) * others};
+  });
+}
+
+KNOCK_FUNC Tensor amax(const Tensor& x, const Dims& dims, bool keepdim) {
+  return detail::extremum("amax", Reduce::max, x, dims, keepdim, false);
+}
+KNOCK_FUNC Tensor amin(const Tensor& x, const Dims& dims, bool keepdim) {
+  return detail::extremum("amin", Reduce::min, x, dims, keepdim, false);
+}
+KNOCK_FUNC Tensor max(const Tensor& x) { return detail::extremum("max", Reduce::max, x, {}, false, true); }
+KNOCK_FUNC Tensor min(const Tensor& x) { return detail::extremum("min", Reduce::min, x, {}, false, true); }
+KNOCK_FUNC ValuesIndices max(const Tensor& x, int64_t dim, bool keepdim) {
+  return detail::extremum_along("max", ArgReduce::max, x, dim, keepdim);
+}
+KNOCK_FUNC ValuesIndices min(const Tensor& x, int64_t dim, bool keepdim) {
+  return detail::extremum_along("min", ArgReduce::min, x, dim, keepdim);
+}
+
+KNOCK_FUNC Tensor var(const Tensor& x, const Dims& dims, VarOptions options) {
+  detail::check_float("var", x);
+  if (x.dtype() == DType::bf16) return var(x.to(DType::f32), dims, options).to(DType::bf16);
+  const detail::ReducedAxes axes = detail::reduced_axes("var", x.shape(), dims);
+  const double freedom = detail::degrees_of_freedom(axes, options.correction);
+  const Tensor y = detail::variance(x, axes, freedom).reshape(options.keepdim ? axes.kept_as_one : axes.kept);
+  return autograd::record("var", y, {x},
+                          [axes, dims, freedom, x = autograd::Saved(x)](const autograd::Upstream& up) -> Tensors {
+                            const Tensor from = x.get(up), dy = up.dy().reshape(axes.kept_as_one);
+                            return {(from - mean(from, dims, true)) * (dy * (2 / freedom))};
+                          });
+}
+
+KNOCK_FUNC Tensor stddev(const Tensor& x, const Dims& dims, VarOptions options) {
+  detail::check_float("stddev", x);
+  if (x.dtype() == DType::bf16) return stddev(x.to(DType::f32), dims, options).to(DType::bf16);
+  const detail::ReducedAxes axes = detail::reduced_axes("stddev", x.shape(), dims);
+  const double freedom = detail::degrees_of_freedom(axes, options.correction);
+  const Shape shape = options.keepdim ? axes.kept_as_one : axes.kept;
+  const Tensor y = sqrt(detail::variance(x, axes, freedom)).reshape(shape);
+  return autograd::record("stddev", y, {x},
+                          [axes, dims, freedom, x = autograd::Saved(x),
+                           y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
+                            const Tensor from = x.get(up), root = y.get(up);
+                            const Tensor weight = masked_fill(up.dy() / (root * freedom), eq(root, 0), 0);
+                            return {(from - mean(from, dims, true)) * weight.reshape(axes.kept_as_one)};
+                          });
+}
+
+KNOCK_FUNC Tensor norm(const Tensor& x, double p, const Dims& dims, bool keepdim) {
+  detail::check_float("norm", x);
+  check(!std::isnan(p), "norm", "p is NaN");
+  const detail::ReducedAxes axes = detail::reduced_axes("norm", x.shape(), dims);
+  if (p == 2) {
+    const Tensor y = detail::reduce("norm", Reduce::norm, x, axes, keepdim, x.dtype());
+    return autograd::record(
+        "norm", y, {x},
+        [axes, x = autograd::Saved(x), y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
+          const Tensor length = y.get(up);
+          const Tensor weight = masked_fill(up.dy() / length, eq(length, 0), 0);
+          return {x.get(up) * weight.reshape(axes.kept_as_one)};
+        });
+  }
+  if (x.dtype() == DType::bf16) return norm(x.to(DType::f32), p, dims, keepdim).to(DType::bf16);
+  const Tensor y = detail::general_norm(x, p, axes, keepdim);
+  if (p == 0) return y;
+  return autograd::record(
+      "norm", y, {x},
+      [axes, p, dims, x = autograd::Saved(x), y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
+        const Tensor length = y.get(up).reshape(axes.kept_as_one);
+        const Tensor slope = detail::norm_slope(x.get(up), length, p, dims);
+        return {up.dy().reshape(axes.kept_as_one) * slope};
+      });
+}
+
+KNOCK_FUNC Tensor logsumexp(const Tensor& x, const Dims& dims, bool keepdim) {
+  detail::check_float("logsumexp", x);
+  if (x.dtype() == DType::bf16) return logsumexp(x.to(DType::f32), dims, keepdim).to(DType::bf16);
+  const detail::ReducedAxes axes = detail::reduced_axes("logsumexp", x.shape(), dims);
+  const Tensor y = detail::log_sum_exp(x, axes).reshape(keepdim ? axes.kept_as_one : axes.kept);
+  return autograd::record(
+      "logsumexp", y, {x},
+      [axes, x = autograd::Saved(x), y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
+        const Tensor weight = exp(x.get(up) - y.get(up).reshape(axes.kept_as_one));
+        return {up.dy().reshape(axes.kept_as_one) * weight};
+      });
 }
 
 KNOCK_FUNC Tensor any(const Tensor& x, const Dims& dims, bool keepdim) {
