@@ -194,11 +194,11 @@ void extract(const std::string& prefix, const std::string& folder) {
   const std::string database = knock::io::read_file(prefix + ".rdb");
   const Value root = Reader(index, "the index").read();
   for (const std::string name : novels) {
-    const std::string part = folder + (name == held_out ? "/valid" : "/train");
+    const std::string part = knock::text(folder, name == held_out ? "/valid" : "/train");
     std::error_code error;
     std::filesystem::create_directories(part, error);
     if (error) fail("extract_novels", "cannot make ", part, ": ", error.message());
-    knock::io::write_file(part + "/" + name + ".txt", novel(database, root["variables"][name], name));
+    knock::io::write_file(knock::text(part, "/", name, ".txt"), novel(database, root["variables"][name], name));
   }
 }
 

@@ -15,7 +15,8 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
 #include <knock/core/math.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/core/storage.hpp>
-#include <knock/cpu/gemm.hpp>
+#include <knock/cpu/gemm_tile.hpp>
+#include <knock/cpu/row.hpp>
 
 #include <vector>
 
@@ -140,16 +141,48 @@ template <class T>
 compute_t<T> activate_row_backward(const T* hidden, const T* d_activation, int64_t f, compute_t<T> s, T* d_hidden,
                                    T* activation) {
   using C = compute_t<T>;
-  C ds = 0;
+  KNOCK_SIMD
   for (int64_t i = 0; i < f; ++i) {
     const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]), da = static_cast<C>(d_activation[i]);
     const C sig = math::sigmoid(g), silu = g * sig;
-    ds += da * silu * u;
     d_hidden[i] = static_cast<T>(s * da * u * (sig * (1 + g * (1 - sig))));
     d_hidden[f + i] = static_cast<T>(s * da * silu);
     activation[i] = static_cast<T>(s * silu * u);
   }
-  return ds;
+  return row_sum<C>(f, [&](int64_t i) {
+    const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]);
+    return static_cast<C>(d_activation[i]) * (g * math::sigmoid(g)) * u;
+  });
+}
+
+/// One weight of every expert, packed for products from the left with rows of tokens.
+template <class T>
+class PackedExperts {
+  using C = compute_t<T>;
+
+ public:
+  /// matrix_of(e) is (k, n).
+  template <class MatrixOf>
+  PackedExperts(int64_t experts, int64_t k, int64_t n, MatrixOf matrix_of)
+      : k_(k), n_(n), size_(k * padded_cols<C>(n)), packed_(experts * size_) {
+    parallel_tasks(experts, [&](int64_t e) { pack<T, C>(matrix_of(e), k, n, packed_.data() + e * size_); });
+  }
+
+  /// out (rows, n) = a (rows, k) times expert e's matrix, added to out when `add`.
+  void multiply(int64_t e, int64_t rows, Matrix<const T> a, Matrix<T> out, bool add = false) const {
+    multiply_packed<T, C>(rows, n_, k_, 1, a, {packed_.data() + e * size_, padded_cols<C>(n_)}, 0, add ? 1 : 0, out,
+                          out);
+  }
+
+ private:
+  int64_t k_, n_, size_;
+  Scratch<C> packed_;
+};
+
+/// out (m, n) = a (m, k) b (k, n).
+template <class T>
+void product(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> out) {
+  cpu::multiply<T, compute_t<T>>(m, n, k, 1, a, b, 0, out, out);
 }
 
 }  // namespace detail
@@ -159,6 +192,9 @@ KNOCK_FUNC void moe_forward(const MoeInputs& in, const Array& out_hidden, const 
     using C = compute_t<T>;
     const detail::Moe<T> moe(in);
     const int64_t c = moe.c, f = moe.f;
+    const detail::PackedExperts<T> gate(moe.experts, c, f, [&](int64_t e) { return moe.gate_of(e).t(); });
+    const detail::PackedExperts<T> up(moe.experts, c, f, [&](int64_t e) { return moe.up_of(e).t(); });
+    const detail::PackedExperts<T> down(moe.experts, f, c, [&](int64_t e) { return moe.down_of(e).t(); });
     const detail::Scratch<T> sorted(moe.tokens * moe.k * c);  // (slots, C) weighted outputs
     const auto blocks = detail::row_blocks(moe.offsets, moe.experts);
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
@@ -166,15 +202,13 @@ KNOCK_FUNC void moe_forward(const MoeInputs& in, const Array& out_hidden, const 
       const int64_t rows = end - begin;
       const detail::Scratch<T> x_rows(rows * c), activation(rows * f);
       detail::gather_rows(moe, moe.x, begin, end, x_rows.data());
-      const Matrix<const T> x{x_rows.data(), c, 1};
       T* hidden = out_hidden.as<T>() + begin * 2 * f;
-      detail::gemm_tile<T>(rows, f, c, 1, x, moe.gate_of(e).t(), 0, {}, {hidden, 2 * f, 1});
-      detail::gemm_tile<T>(rows, f, c, 1, x, moe.up_of(e).t(), 0, {}, {hidden + f, 2 * f, 1});
+      gate.multiply(e, rows, {x_rows.data(), c, 1}, {hidden, 2 * f, 1});
+      up.multiply(e, rows, {x_rows.data(), c, 1}, {hidden + f, 2 * f, 1});
       for (int64_t r = 0; r < rows; ++r)
         detail::activate_row<T>(hidden + r * 2 * f, f, static_cast<C>(moe.s[moe.order[begin + r]]),
                                 activation.data() + r * f);
-      detail::gemm_tile<T>(rows, c, f, 1, {activation.data(), f, 1}, moe.down_of(e).t(), 0, {},
-                           {sorted.data() + begin * c, c, 1});
+      down.multiply(e, rows, {activation.data(), f, 1}, {sorted.data() + begin * c, c, 1});
     });
     detail::combine_rows(moe, sorted.data(), out.as<T>());
   });
@@ -185,6 +219,9 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
     using C = compute_t<T>;
     const detail::Moe<T> moe(in);
     const int64_t c = moe.c, f = moe.f, slots = moe.tokens * moe.k;
+    const detail::PackedExperts<T> gate(moe.experts, f, c, [&](int64_t e) { return moe.gate_of(e); });
+    const detail::PackedExperts<T> up(moe.experts, f, c, [&](int64_t e) { return moe.up_of(e); });
+    const detail::PackedExperts<T> down(moe.experts, c, f, [&](int64_t e) { return moe.down_of(e); });
     const detail::Scratch<T> x_sorted(slots * c), dy_sorted(slots * c), dx_sorted(slots * c);
     const detail::Scratch<T> d_hidden(slots * 2 * f), activation(slots * f);
     const auto blocks = detail::row_blocks(moe.offsets, moe.experts);
@@ -194,8 +231,7 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
       detail::gather_rows(moe, moe.x, begin, end, x_sorted.data() + begin * c);
       detail::gather_rows(moe, dy.as<T>(), begin, end, dy_sorted.data() + begin * c);
       const detail::Scratch<T> d_activation(rows * f);
-      detail::gemm_tile<T>(rows, f, c, 1, {dy_sorted.data() + begin * c, c, 1}, moe.down_of(e), 0, {},
-                           {d_activation.data(), f, 1});
+      down.multiply(e, rows, {dy_sorted.data() + begin * c, c, 1}, {d_activation.data(), f, 1});
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t slot = moe.order[begin + r];
         out.weights.as<T>()[slot] = static_cast<T>(detail::activate_row_backward<T>(
@@ -204,8 +240,8 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
       }
       const Matrix<const T> dg{d_hidden.data() + begin * 2 * f, 2 * f, 1}, du{dg.data + f, 2 * f, 1};
       const Matrix<T> dx{dx_sorted.data() + begin * c, c, 1};
-      detail::gemm_tile<T>(rows, c, f, 1, dg, moe.gate_of(e), 0, {}, dx);
-      detail::gemm_tile<T>(rows, c, f, 1, du, moe.up_of(e), 1, dx, dx);
+      gate.multiply(e, rows, dg, dx);
+      up.multiply(e, rows, du, dx, true);
     });
     detail::combine_rows(moe, dx_sorted.data(), out.x.as<T>());
     parallel_tasks(3 * moe.experts, [&](int64_t task) {  // each writes one expert's gradient of one weight
@@ -213,9 +249,9 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
       const Matrix<const T> x{x_sorted.data() + begin * c, c, 1}, dy_rows{dy_sorted.data() + begin * c, c, 1};
       const Matrix<const T> dg{d_hidden.data() + begin * 2 * f, 2 * f, 1}, du{dg.data + f, 2 * f, 1};
       const Matrix<const T> a{activation.data() + begin * f, f, 1};
-      if (task % 3 == 0) detail::gemm_tile<T>(f, c, rows, 1, dg.t(), x, 0, {}, {out.gate.as<T>() + at, c, 1});
-      if (task % 3 == 1) detail::gemm_tile<T>(f, c, rows, 1, du.t(), x, 0, {}, {out.up.as<T>() + at, c, 1});
-      if (task % 3 == 2) detail::gemm_tile<T>(c, f, rows, 1, dy_rows.t(), a, 0, {}, {out.down.as<T>() + at, f, 1});
+      if (task % 3 == 0) detail::product<T>(f, c, rows, dg.t(), x, {out.gate.as<T>() + at, c, 1});
+      if (task % 3 == 1) detail::product<T>(f, c, rows, du.t(), x, {out.up.as<T>() + at, c, 1});
+      if (task % 3 == 2) detail::product<T>(c, f, rows, dy_rows.t(), a, {out.down.as<T>() + at, f, 1});
     });
   });
 }

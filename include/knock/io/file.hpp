@@ -53,6 +53,9 @@ std::string read_file(const std::string& path, int64_t max_bytes = std::numeric_
 /// Writes `bytes` to `path` atomically; on any failure (full disk, no permission) the old file is untouched.
 void write_file(const std::string& path, std::string_view bytes);
 
+/// The system's words for an error number (errno), such as "No such file or directory".
+std::string system_message(int error);
+
 }  // namespace knock::io
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_IO_FILE)
@@ -67,10 +70,10 @@ void write_file(const std::string& path, std::string_view bytes);
 #include <unistd.h>
 
 namespace knock::io {
-namespace detail {
 
-/// The system's words for an error number, such as "No such file or directory".
-inline std::string system_message(int error) { return std::generic_category().message(error); }
+KNOCK_FUNC std::string system_message(int error) { return std::generic_category().message(error); }
+
+namespace detail {
 
 /// An open file, closed with its scope.
 class Descriptor {
@@ -113,9 +116,9 @@ inline void read_all(int fd, const std::string& path, int64_t max_bytes, std::st
 KNOCK_FUNC std::string read_file(const std::string& path, int64_t max_bytes) {
   // O_NONBLOCK: opening a named pipe must give the error below, not wait for a writer.
   const detail::Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (file.get() < 0) fail("read_file", "cannot open ", path, ": ", detail::system_message(errno));
+  if (file.get() < 0) fail("read_file", "cannot open ", path, ": ", system_message(errno));
   struct stat info {};
-  if (::fstat(file.get(), &info) != 0) fail("read_file", "cannot read ", path, ": ", detail::system_message(errno));
+  if (::fstat(file.get(), &info) != 0) fail("read_file", "cannot read ", path, ": ", system_message(errno));
   check(S_ISREG(info.st_mode), "read_file", path, " is not a regular file");
   check(info.st_size <= max_bytes, "read_file", path, " is larger than ", max_bytes, " bytes");
   std::string bytes;
@@ -128,7 +131,7 @@ KNOCK_FUNC AtomicFile::AtomicFile(std::string_view op, const std::string& path) 
   static std::atomic<int64_t> counter{0};  // threads may write at the same time
   temporary_ = text(path, ".tmp", static_cast<int64_t>(::getpid()), "-", ++counter);
   fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  if (fd_ < 0) fail(op_, "cannot write ", path_, ": ", detail::system_message(errno));
+  if (fd_ < 0) fail(op_, "cannot write ", path_, ": ", system_message(errno));
 }
 
 KNOCK_FUNC AtomicFile::~AtomicFile() {
@@ -137,7 +140,7 @@ KNOCK_FUNC AtomicFile::~AtomicFile() {
 }
 
 KNOCK_FUNC void AtomicFile::give_up(int error) {
-  fail(op_, "cannot write ", path_, ": ", detail::system_message(error));
+  fail(op_, "cannot write ", path_, ": ", system_message(error));
 }
 
 KNOCK_FUNC void AtomicFile::write(const void* data, int64_t bytes) {
@@ -172,13 +175,13 @@ KNOCK_FUNC void write_file(const std::string& path, std::string_view bytes) {
 
 KNOCK_FUNC MappedFile::MappedFile(std::string_view op, const std::string& path) {
   const detail::Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
-  if (file.get() < 0) fail(op, "cannot open ", path, ": ", detail::system_message(errno));
+  if (file.get() < 0) fail(op, "cannot open ", path, ": ", system_message(errno));
   struct stat info {};
-  if (::fstat(file.get(), &info) != 0) fail(op, "cannot read ", path, ": ", detail::system_message(errno));
+  if (::fstat(file.get(), &info) != 0) fail(op, "cannot read ", path, ": ", system_message(errno));
   check(S_ISREG(info.st_mode), op, path, " is not a regular file");
   if (info.st_size == 0) return;
   void* mapped = ::mmap(nullptr, static_cast<std::size_t>(info.st_size), PROT_READ, MAP_PRIVATE, file.get(), 0);
-  if (mapped == MAP_FAILED) fail(op, "cannot read ", path, ": ", detail::system_message(errno));
+  if (mapped == MAP_FAILED) fail(op, "cannot read ", path, ": ", system_message(errno));
   data_ = static_cast<const char*>(mapped);
   size_ = static_cast<std::size_t>(info.st_size);
 }

@@ -3,6 +3,7 @@
 
 #include <knock/ops/attention.hpp>
 
+#include <array>
 #include <cstdint>
 #include <string_view>
 
@@ -14,11 +15,12 @@ enum class AttentionVariant : uint8_t { mha, mqa, gqa };
 /// Knocking heads: how the features inside a head are mixed, by matrices that all heads of a layer share.
 enum class Knock : uint8_t { none, linear, mlp, gate };
 
+/// Their names, in order.
+inline constexpr std::array<std::string_view, 3> attention_variant_names = {"mha", "mqa", "gqa"};
+inline constexpr std::array<std::string_view, 4> knock_names = {"none", "linear", "mlp", "gate"};
+
 std::string_view to_text(AttentionVariant variant);
 std::string_view to_text(Knock knock);
-/// The value of this name; an error that lists the names otherwise.
-AttentionVariant parse_attention_variant(std::string_view name);
-Knock parse_knock(std::string_view name);
 
 struct KnockOptions {
   Knock q = Knock::none, k = Knock::none, v = Knock::none;
@@ -47,36 +49,12 @@ AttentionOptions resolved(AttentionOptions options);
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_OPTIONS)
-#include <array>
-
 namespace knock::nn {
-namespace detail {
-
-inline constexpr std::array<std::string_view, 3> variant_names = {"mha", "mqa", "gqa"};
-inline constexpr std::array<std::string_view, 4> knock_names = {"none", "linear", "mlp", "gate"};
-
-template <class Enum, std::size_t N>
-Enum parse_name(const std::array<std::string_view, N>& names, std::string_view name, std::string_view what) {
-  std::string known;
-  for (std::size_t i = 0; i < N; ++i) {
-    if (names[i] == name) return static_cast<Enum>(i);
-    known += text(i ? ", " : "", names[i]);
-  }
-  fail(what, "unknown value \"", name, "\"; known: ", known);
-}
-
-}  // namespace detail
 
 KNOCK_FUNC std::string_view to_text(AttentionVariant variant) {
-  return detail::variant_names[static_cast<std::size_t>(variant)];
+  return attention_variant_names[static_cast<std::size_t>(variant)];
 }
-KNOCK_FUNC std::string_view to_text(Knock knock) { return detail::knock_names[static_cast<std::size_t>(knock)]; }
-KNOCK_FUNC AttentionVariant parse_attention_variant(std::string_view name) {
-  return detail::parse_name<AttentionVariant>(detail::variant_names, name, "attention");
-}
-KNOCK_FUNC Knock parse_knock(std::string_view name) {
-  return detail::parse_name<Knock>(detail::knock_names, name, "knock");
-}
+KNOCK_FUNC std::string_view to_text(Knock knock) { return knock_names[static_cast<std::size_t>(knock)]; }
 
 KNOCK_FUNC AttentionOptions resolved(AttentionOptions o) {
   constexpr std::string_view where = "attention";

@@ -1,0 +1,61 @@
+// Continues a text with a trained model:  generate DIR --prompt "It is a truth"
+#include <knock/train.hpp>
+
+#include <CLI/CLI.hpp>
+
+#include <csignal>
+#include <cstdio>
+#include <string>
+
+using namespace knock;
+
+namespace {
+
+volatile std::sig_atomic_t interrupted = 0;
+
+void run(const std::string& folder, const std::string& prompt, const train::SampleOptions& options) {
+  train::check_options(options);
+  const train::Checkpoint checkpoint = train::open_checkpoint(folder);
+  const data::Tokenizer tokenizer = checkpoint.tokenizer();
+  const auto model = models::load(checkpoint.folder);
+  model->absorb_knocks();
+  const auto print = [](std::string_view piece) {
+    const bool written = std::fwrite(piece.data(), 1, piece.size(), stdout) == piece.size() && std::fflush(stdout) == 0;
+    return written && !interrupted;
+  };
+  print(prompt);
+  train::generate(*model, tokenizer, prompt, options, print);
+  print("\n");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Continues a text with a trained model.", "./run generate"};
+  std::string folder, prompt;
+  train::SampleOptions options;
+  app.add_option("DIR", folder, "a run's folder, or one of its checkpoints")->required();
+  app.add_option("--prompt", prompt, "what the text begins with");
+  app.add_option("--max-tokens", options.max_tokens, "tokens to add")->capture_default_str();
+  app.add_option("--temperature", options.temperature, "0: always the likeliest token")->capture_default_str();
+  app.add_option("--top-k", options.top_k, "choose among the k likeliest tokens, 0: all")->capture_default_str();
+  app.add_option("--top-p", options.top_p, "choose among the likeliest tokens of this probability")
+      ->capture_default_str();
+  app.add_option("--seed", options.seed, "seed of the choice")->capture_default_str();
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    std::fprintf(stderr, "generate: %s; --help lists the options\n", error.what());
+    return 2;
+  }
+  std::signal(SIGINT, [](int) { interrupted = 1; });
+  try {
+    run(folder, prompt, options);
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "generate: %.280s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,170 @@
+#pragma once
+// What a run writes while it goes: log.jsonl, one JSON object a line, and lines or a progress line on the terminal.
+//
+//   {"step":1,"loss":7.6,"lr":0.0001,"grad_norm":1.2,"tokens_per_s":9000.1,"step_s":0.23,"load_entropy":[0.99,0.98]}
+//   {"step":250,"val_loss":4.1,"val_bpb":1.9}
+//   {"step":500,"sample":"It was ..."}
+
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+namespace knock::train {
+
+struct StepRecord {
+  int64_t step = 0;
+  double loss = 0, lr = 0, grad_norm = 0, tokens_per_s = 0, step_s = 0;
+  std::vector<double> load_entropy;  ///< per MoE layer, 1 when experts are evenly loaded
+};
+
+class RunLog {
+ public:
+  /// Prints to standard output: one line that renews itself on a terminal, plain lines otherwise.
+  RunLog(std::string out_dir, int64_t total_steps);
+  ~RunLog();
+  RunLog(const RunLog&) = delete;
+  RunLog& operator=(const RunLog&) = delete;
+
+  /// Opens log.jsonl for a run that has done `step` steps: lines of later steps, which a crash may have left, are
+  /// removed.
+  void begin(int64_t step);
+  void step(const StepRecord& record);
+  void evaluation(int64_t step, double loss, double bits_per_byte);
+  void sample(int64_t step, const std::string& text);
+
+  std::string path() const { return out_dir_ + "/log.jsonl"; }
+
+ private:
+  void append(const std::string& json);
+  void print_line(const std::string& line);
+  void clear_progress();
+
+  std::string out_dir_;
+  int64_t total_steps_, last_step_ = 0;
+  std::FILE* file_ = nullptr;
+  bool terminal_, progress_shown_ = false;
+  double seconds_per_step_ = 0;  ///< smoothed, for the time left
+};
+
+}  // namespace knock::train
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_TRAIN_LOG)
+#include <knock/core/error.hpp>
+#include <knock/io/file.hpp>
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cerrno>
+#include <filesystem>
+
+#include <unistd.h>
+
+namespace knock::train {
+namespace detail {
+
+/// The lines of a log that belong to steps up to `step`; a damaged last line is dropped.
+inline std::string lines_up_to(const std::string& log, int64_t step) {
+  std::string kept;
+  for (std::size_t begin = 0; begin < log.size();) {
+    const std::size_t end = log.find('\n', begin);
+    if (end == std::string::npos) break;
+    const std::string line = log.substr(begin, end - begin);
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (json.is_object() && json.value("step", int64_t{0}) <= step) kept += line + "\n";
+    begin = end + 1;
+  }
+  return kept;
+}
+
+inline std::string format(const char* pattern, auto... values) {
+  char buffer[256];
+  std::snprintf(buffer, sizeof buffer, pattern, values...);
+  return buffer;
+}
+
+inline std::string duration(double seconds) {
+  const auto s = static_cast<long>(seconds + 0.5);
+  if (s >= 3600) return format("%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+  return format("%ld:%02ld", s / 60, s % 60);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC RunLog::RunLog(std::string out_dir, int64_t total_steps)
+    : out_dir_(std::move(out_dir)), total_steps_(total_steps), terminal_(::isatty(STDOUT_FILENO) == 1) {}
+
+KNOCK_FUNC RunLog::~RunLog() {
+  clear_progress();
+  if (file_) std::fclose(file_);
+}
+
+KNOCK_FUNC void RunLog::begin(int64_t step) {
+  std::error_code error;
+  std::filesystem::create_directories(out_dir_, error);
+  check(!error, "train", "cannot make the folder ", out_dir_, ": ", error.message());
+  const std::string kept =
+      step > 0 && std::filesystem::exists(path()) ? detail::lines_up_to(io::read_file(path()), step) : "";
+  io::write_file(path(), kept);
+  file_ = std::fopen(path().c_str(), "a");
+  check(file_ != nullptr, "train", "cannot write ", path(), ": ", io::system_message(errno));
+  last_step_ = step;
+}
+
+KNOCK_FUNC void RunLog::append(const std::string& json) {
+  const bool written = std::fputs((json + "\n").c_str(), file_) >= 0 && std::fflush(file_) == 0;
+  check(written, "train", "cannot write ", path(), ": ", io::system_message(errno));
+}
+
+KNOCK_FUNC void RunLog::step(const StepRecord& r) {
+  append(nlohmann::ordered_json{{"step", r.step},
+                                {"loss", r.loss},
+                                {"lr", r.lr},
+                                {"grad_norm", r.grad_norm},
+                                {"tokens_per_s", r.tokens_per_s},
+                                {"step_s", r.step_s},
+                                {"load_entropy", r.load_entropy}}
+             .dump());
+  seconds_per_step_ = seconds_per_step_ == 0 ? r.step_s : 0.95 * seconds_per_step_ + 0.05 * r.step_s;
+  const double left = seconds_per_step_ * static_cast<double>(total_steps_ - r.step);
+  const std::string line = detail::format("step %lld/%lld  loss %.4f  %.0f tokens/s  lr %.2e  grad norm %.2f  ETA %s",
+                                          static_cast<long long>(r.step), static_cast<long long>(total_steps_), r.loss,
+                                          r.tokens_per_s, r.lr, r.grad_norm, detail::duration(left).c_str());
+  const int64_t every = std::max<int64_t>(total_steps_ / 100, 1);
+  if (terminal_) {
+    std::printf("\r\033[K%s", line.c_str());
+    std::fflush(stdout);
+    progress_shown_ = true;
+  } else if (r.step == last_step_ + 1 || r.step % every == 0 || r.step == total_steps_) {
+    print_line(line);
+  }
+}
+
+KNOCK_FUNC void RunLog::evaluation(int64_t step, double loss, double bits_per_byte) {
+  append(nlohmann::ordered_json{{"step", step}, {"val_loss", loss}, {"val_bpb", bits_per_byte}}.dump());
+  print_line(detail::format("step %lld  validation loss %.4f, %.4f bits per byte", static_cast<long long>(step), loss,
+                            bits_per_byte));
+}
+
+KNOCK_FUNC void RunLog::sample(int64_t step, const std::string& text) {
+  using nlohmann::ordered_json;
+  append(ordered_json{{"step", step}, {"sample", text}}.dump(-1, ' ', false, ordered_json::error_handler_t::replace));
+  print_line("sample: " + text);
+}
+
+KNOCK_FUNC void RunLog::print_line(const std::string& line) {
+  clear_progress();
+  std::printf("%s\n", line.c_str());
+  std::fflush(stdout);
+}
+
+KNOCK_FUNC void RunLog::clear_progress() {
+  if (!progress_shown_) return;
+  std::printf("\r\033[K");
+  std::fflush(stdout);
+  progress_shown_ = false;
+}
+
+}  // namespace knock::train
+#endif

@@ -1,0 +1,393 @@
+#pragma once
+// The training loop: data, model, optimizer, evaluation, samples, log and checkpoints, from one configuration.
+//
+// A step sums the loss of its micro-batches and divides once by their number of target tokens. Everything that decides
+// the next step (weights, moments, router biases, generator, position in the data) is in a checkpoint, so a run that is
+// interrupted and resumed gives the same bits as one that is not.
+
+#include <knock/data/corpus.hpp>
+#include <knock/data/loader.hpp>
+#include <knock/data/tokenizer.hpp>
+#include <knock/models/moe_lm.hpp>
+#include <knock/optim/adamw.hpp>
+#include <knock/optim/clip.hpp>
+#include <knock/optim/schedule.hpp>
+#include <knock/optim/sgd.hpp>
+#include <knock/train/checkpoint.hpp>
+#include <knock/train/config.hpp>
+#include <knock/train/log.hpp>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+
+namespace knock::train {
+
+/// Set by a signal handler to make `Trainer::run` save and return at the next micro-batch.
+inline std::atomic<bool> stop_requested{false};
+
+/// Loss over the validation text.
+struct Evaluation {
+  double loss = 0;           ///< nats per token
+  double bits_per_byte = 0;  ///< comparable across tokenizers
+  int64_t tokens = 0;
+};
+
+/// How a run ended.
+struct RunResult {
+  bool finished = false;  ///< false: stopped by request, saved
+  int64_t step = 0;
+  Evaluation final_evaluation;  ///< of a finished run
+};
+
+class Trainer {
+ public:
+  /// A new run. Reads the data and trains or loads the tokenizer; `config.model.vocab_size` becomes the tokenizer's.
+  explicit Trainer(Config config);
+  /// Goes on from a checkpoint; `config` may differ from the checkpoint's in everything but the model and the data.
+  Trainer(Config config, const Checkpoint& checkpoint);
+
+  RunResult run();
+
+  /// Mean loss and bits per byte over the validation text; at most `max_tokens` of it when that is above 0. Every token
+  /// is predicted from at least `context` tokens before it, where there are any.
+  Evaluation evaluate(int64_t max_tokens, int64_t context);
+
+  models::MoeLm& model() { return *model_; }
+  const data::Tokenizer& tokenizer() const { return tokenizer_; }
+  const data::Corpus& corpus() const { return corpus_; }
+  const Config& config() const { return config_; }
+
+ private:
+  struct StepResult {
+    double loss = 0, grad_norm = 0;
+    int64_t tokens = 0;
+  };
+  Trainer(Config config, const Checkpoint* checkpoint);
+  void build_model();
+  void build_optimizer();
+  std::optional<StepResult> step(double lr);
+  Tensor micro_batch_loss(int64_t step_tokens, double& loss_sum);
+  double learning_rate(int64_t step) const;
+  void after_step(const StepResult& result, double lr, double seconds);
+  void log_evaluation(const Evaluation& evaluation);
+  void log_sample();
+  void save();
+
+  Config config_;
+  data::Corpus corpus_;
+  data::Tokenizer tokenizer_;
+  std::vector<int32_t> train_tokens_, valid_tokens_;
+  std::vector<int32_t> token_lengths_;
+  std::unique_ptr<models::MoeLm> model_;
+  Tensors parameters_;
+  std::unique_ptr<optim::Optimizer> optimizer_;
+  optim::Schedule schedule_;
+  data::ShuffledWindows loader_;
+  data::Batch batch_;
+  RunState state_;
+  RunLog log_;
+  int64_t saved_step_ = -1;
+};
+
+/// Sizes and costs of a run as a table, for --dry-run.
+std::string describe(const Config& config);
+
+}  // namespace knock::train
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_TRAIN_TRAINER)
+#include <knock/autograd/grad_mode.hpp>
+#include <knock/core/parallel.hpp>
+#include <knock/ops/binary.hpp>
+#include <knock/ops/loss.hpp>
+#include <knock/ops/view.hpp>
+#include <knock/train/curves.hpp>
+#include <knock/train/sampler.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+
+namespace knock::train {
+namespace detail {
+
+inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+inline data::Tokenizer make_tokenizer(const Config& config, const data::Corpus& corpus, const Checkpoint* checkpoint) {
+  if (checkpoint) return checkpoint->tokenizer();
+  if (!config.data.tokenizer.empty()) return data::Tokenizer::load(config.data.tokenizer);
+  return data::Tokenizer::train(corpus.train.texts, config.model.vocab_size);
+}
+
+/// FNV-1a over the tokens.
+inline uint64_t hash_tokens(const std::vector<int32_t>& tokens) {
+  uint64_t hash = 0xcbf29ce484222325U;
+  for (const int32_t token : tokens)
+    hash = (hash ^ static_cast<uint64_t>(static_cast<uint32_t>(token))) * 0x100000001b3U;
+  return hash;
+}
+
+inline optim::ScheduleOptions schedule_options(const Config& config) {
+  const OptimConfig& o = config.optim;
+  return {.kind = o.schedule,
+          .total = config.train.steps,
+          .warmup = o.warmup,
+          .min_lr_ratio = o.min_lr_ratio,
+          .decay = o.decay};
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Trainer::Trainer(Config config) : Trainer(std::move(config), nullptr) {}
+KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint& checkpoint) : Trainer(std::move(config), &checkpoint) {}
+
+KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
+    : config_(std::move(config)),
+      corpus_(data::read_corpus(config_.data.path, {.val_fraction = config_.data.val_fraction})),
+      tokenizer_(detail::make_tokenizer(config_, corpus_, checkpoint)),
+      train_tokens_(data::tokenize(corpus_.train, tokenizer_)),
+      valid_tokens_(data::tokenize(corpus_.valid, tokenizer_)),
+      token_lengths_(tokenizer_.token_lengths()),
+      schedule_(detail::schedule_options(config_)),
+      loader_(train_tokens_, {.seq_len = config_.train.seq_len, .seed = static_cast<uint64_t>(config_.train.seed)}),
+      log_(config_.train.out_dir, config_.train.steps) {
+  config_.model.vocab_size = tokenizer_.vocab_size();
+  if (config_.train.threads > 0) set_num_threads(static_cast<int>(config_.train.threads));
+  state_.data_hash = detail::hash_tokens(train_tokens_);
+  manual_seed(static_cast<uint64_t>(config_.train.seed));
+  build_model();
+  build_optimizer();
+  if (!checkpoint) return;
+  const std::string key = differing_model_key(config_, checkpoint->config);
+  check(key.empty(), "resume", "the checkpoint ", checkpoint->folder, " is of another model: ", key, " differs");
+  check(checkpoint->state.data_hash == state_.data_hash, "resume", "the training text of ", checkpoint->folder,
+        " was another than ", config_.data.path, " is now");
+  model_->load_state_dict(checkpoint->model_state());
+  optimizer_->load_state_dict(checkpoint->optimizer_state());
+  state_ = checkpoint->state;
+  loader_.seek(state_.position);
+  set_rng_state(state_.random);
+  saved_step_ = state_.step;
+}
+
+KNOCK_FUNC void Trainer::build_model() {
+  model_ = std::make_unique<models::MoeLm>(config_.model);
+  model_->set_compute_dtype(config_.train.precision == Precision::bf16 ? DType::bf16 : DType::f32);
+}
+
+KNOCK_FUNC void Trainer::build_optimizer() {
+  const OptimConfig& o = config_.optim;
+  const auto parameters = model_->named_parameters();
+  if (o.name == OptimizerKind::adamw) {
+    const optim::AdamWOptions options{
+        .lr = o.lr, .betas = {o.betas[0], o.betas[1]}, .eps = o.eps, .weight_decay = o.weight_decay};
+    optimizer_ = std::make_unique<optim::AdamW>(optim::split_decay(parameters, options));
+  } else {
+    const optim::SGDOptions options{.lr = o.lr, .momentum = o.momentum, .weight_decay = o.weight_decay};
+    optimizer_ = std::make_unique<optim::SGD>(optim::split_decay(parameters, options));
+  }
+  parameters_ = model_->parameters();
+}
+
+KNOCK_FUNC double Trainer::learning_rate(int64_t step) const { return config_.optim.lr * schedule_.factor(step); }
+
+/// The part of the step's loss that the next micro-batch adds, for backward; its plain sum is added to `loss_sum`.
+KNOCK_FUNC Tensor Trainer::micro_batch_loss(int64_t step_tokens, double& loss_sum) {
+  const TrainOptions& t = config_.train;
+  loader_.next(t.batch_size, batch_);
+  const Tensor inputs = from_data(batch_.inputs, {t.batch_size, t.seq_len}),
+               targets = from_data(batch_.targets, {t.batch_size * t.seq_len});
+  const Tensor logits = model_->forward(inputs);  // (B, T, V)
+  const Tensor sum = cross_entropy(logits.reshape({t.batch_size * t.seq_len, config_.model.vocab_size}), targets,
+                                   {.reduction = Reduction::sum});
+  loss_sum += sum.item<double>();
+  Tensor loss = sum / static_cast<double>(step_tokens);
+  for (const nn::MoE* moe : model_->moe_layers()) {
+    const double share = 1 / static_cast<double>(t.grad_accum);
+    if (t.balance_loss > 0) loss = loss + (t.balance_loss * share) * moe->balance_loss().to(loss.dtype());
+    if (t.z_loss > 0) loss = loss + (t.z_loss * share) * moe->z_loss().to(loss.dtype());
+  }
+  return loss;
+}
+
+/// One optimizer step; nothing when a stop was requested before its last micro-batch.
+KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
+  const TrainOptions& t = config_.train;
+  StepResult result;
+  result.tokens = t.grad_accum * t.batch_size * t.seq_len;
+  for (int64_t i = 0; i < t.grad_accum; ++i) {
+    if (stop_requested) return std::nullopt;
+    micro_batch_loss(result.tokens, result.loss).backward();
+  }
+  result.loss /= static_cast<double>(result.tokens);
+  result.grad_norm = optim::grad_norm(parameters_);
+  check(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "train", "step ", state_.step + 1, ": loss ",
+        result.loss, ", gradient norm ", result.grad_norm,
+        " is not finite; the last checkpoint is untouched. Try a smaller optim.lr");
+  optimizer_->set_lr(lr);
+  optimizer_->step(config_.optim.clip > 0 ? optim::clip_factor(result.grad_norm, config_.optim.clip) : 1);
+  optimizer_->zero_grad();
+  for (nn::MoE* moe : model_->moe_layers()) moe->update_bias({.speed = t.bias_speed});
+  return result;
+}
+
+KNOCK_FUNC RunResult Trainer::run() {
+  const TrainOptions& t = config_.train;
+  log_.begin(state_.step);
+  model_->train();
+  RunResult result;
+  while (state_.step < t.steps) {
+    const RngState random = rng_state();
+    const data::LoaderPosition position = loader_.position();
+    const double lr = learning_rate(state_.step);
+    const auto start = std::chrono::steady_clock::now();
+    const auto done = step(lr);
+    if (!done) {  // what the unfinished step drew is drawn again after resuming
+      set_rng_state(random);
+      loader_.seek(position);
+      break;
+    }
+    ++state_.step;
+    after_step(*done, lr, detail::seconds_since(start));
+  }
+  result.step = state_.step;
+  result.finished = state_.step >= t.steps;
+  if (saved_step_ != state_.step) save();
+  if (result.finished) {
+    result.final_evaluation = evaluate(0, t.seq_len / 2);
+    result.finished = !stop_requested;
+    if (result.finished) log_evaluation(result.final_evaluation);
+    if (result.finished) log_sample();
+  }
+  write_curves(log_.path(), t.out_dir + "/curves.html");
+  return result;
+}
+
+KNOCK_FUNC void Trainer::after_step(const StepResult& result, double lr, double seconds) {
+  const TrainOptions& t = config_.train;
+  state_.train_seconds += seconds;
+  StepRecord record{.step = state_.step,
+                    .loss = result.loss,
+                    .lr = lr,
+                    .grad_norm = result.grad_norm,
+                    .tokens_per_s = static_cast<double>(result.tokens) / seconds,
+                    .step_s = seconds,
+                    .load_entropy = {}};
+  for (const nn::MoE* moe : model_->moe_layers()) record.load_entropy.push_back(nn::load_entropy(moe->load()));
+  log_.step(record);
+  const auto due = [&](int64_t every) { return every > 0 && state_.step % every == 0 && state_.step < t.steps; };
+  if (due(t.eval_every)) log_evaluation(evaluate(t.eval_tokens, 0));
+  if (due(t.sample_every)) log_sample();
+  if (due(t.checkpoint_every)) {
+    save();
+    write_curves(log_.path(), t.out_dir + "/curves.html");
+  }
+}
+
+KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
+  const NoGradGuard no_grad;
+  const TrainOptions& t = config_.train;
+  Evaluation out;
+  if (valid_tokens_.size() < 2) return out;
+  model_->eval();
+  data::SequentialWindows windows(valid_tokens_,
+                                  {.seq_len = t.seq_len, .context = context, .token_lengths = token_lengths_});
+  data::Batch batch;
+  double nats = 0;
+  int64_t bytes = 0;
+  while (!stop_requested && windows.next(t.batch_size, batch)) {
+    const Tensor logits = model_->forward(from_data(batch.inputs, {batch.rows, batch.seq_len}));
+    nats += cross_entropy(logits.reshape({-1, config_.model.vocab_size}),
+                          from_data(batch.targets, {batch.rows * batch.seq_len}),
+                          {.ignore_index = data::ignored_target, .reduction = Reduction::sum})
+                .item<double>();
+    out.tokens += batch.target_tokens;
+    bytes += batch.target_bytes;
+    if (max_tokens > 0 && out.tokens >= max_tokens) break;
+  }
+  model_->train();
+  if (out.tokens == 0) return out;
+  out.loss = nats / static_cast<double>(out.tokens);
+  out.bits_per_byte = data::bits_per_byte(nats, bytes);
+  return out;
+}
+
+KNOCK_FUNC void Trainer::log_evaluation(const Evaluation& evaluation) {
+  if (evaluation.tokens > 0) log_.evaluation(state_.step, evaluation.loss, evaluation.bits_per_byte);
+}
+
+KNOCK_FUNC void Trainer::log_sample() {
+  const TrainOptions& t = config_.train;
+  if (t.sample_tokens == 0) return;
+  log_.sample(state_.step,
+              sample(*model_, tokenizer_, t.sample_prompt,
+                     {.max_tokens = t.sample_tokens, .temperature = 0.8, .seed = static_cast<uint64_t>(t.seed)}));
+}
+
+KNOCK_FUNC void Trainer::save() {
+  state_.random = rng_state();
+  state_.position = loader_.position();
+  save_checkpoint(config_.train.out_dir, config_, tokenizer_, model_->state_dict(), optimizer_->state_dict(), state_);
+  saved_step_ = state_.step;
+}
+
+namespace detail {
+
+inline std::string mebibytes(double bytes) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%8.1f MiB", bytes / (1 << 20));
+  return buffer;
+}
+
+inline std::string millions(double count) {
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, "%.3f M", count / 1e6);
+  return buffer;
+}
+
+/// Numbers that a layer keeps for backward, per token: inputs and outputs of its ops, an estimate from the formulas.
+inline double saved_per_token(const models::MoeLmConfig& c) {
+  const auto q = static_cast<double>(c.q_heads * c.head_dim), kv = static_cast<double>(c.kv_heads * c.head_dim);
+  const auto hidden = static_cast<double>(c.hidden);
+  const double attention = 3 * hidden + 4 * q + 8 * kv;
+  const double dense = 2 * hidden + 3 * static_cast<double>(c.dense_ffn);
+  const double moe = 2 * hidden + static_cast<double>(c.top_k * c.expert_ffn) * 2 + 6 * static_cast<double>(c.experts) +
+                     static_cast<double>(c.shared_experts * c.expert_ffn) * 3;
+  const auto dense_layers = static_cast<double>(c.experts == 0 ? c.layers : c.dense_layers);
+  const auto layers = static_cast<double>(c.layers);
+  return layers * attention + dense_layers * dense + (layers - dense_layers) * moe +
+         2 * static_cast<double>(c.vocab_size);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC std::string describe(const Config& config) {
+  const TrainOptions& t = config.train;
+  const models::ModelCost cost = models::cost(config.model, t.seq_len);
+  const auto parameters = static_cast<double>(cost.parameters);
+  const auto tokens = static_cast<double>(t.batch_size * t.seq_len);
+  const double width = t.precision == Precision::bf16 ? 2 : 4;
+  const double moments = config.optim.name == OptimizerKind::adamw ? 2 : config.optim.momentum > 0 ? 1 : 0;
+  const double weights = 4 * parameters, state = 4 * moments * parameters;
+  const double activations = width * tokens * detail::saved_per_token(config.model);
+  const double step_flops = cost.training_flops_per_token * tokens * static_cast<double>(t.grad_accum);
+  char flops[64];
+  std::snprintf(flops, sizeof flops, "%.2f MFLOP a token, %.2f GFLOP a step", cost.training_flops_per_token / 1e6,
+                step_flops / 1e9);
+  return text("parameters  ", detail::millions(parameters), " total, ",
+              detail::millions(static_cast<double>(cost.active_parameters)), " active per token\n", "compute     ",
+              flops, " (forward and backward)\n", "tokens      ", t.batch_size * t.seq_len * t.grad_accum, " a step, ",
+              t.batch_size * t.seq_len * t.grad_accum * t.steps, " in all\n", "kv cache    ",
+              cost.cache_numbers_per_token, " numbers a token\n", "memory      ", detail::mebibytes(weights),
+              "  weights\n", "            ", detail::mebibytes(weights), "  gradients\n", "            ",
+              detail::mebibytes(state), "  optimizer\n", "            ", detail::mebibytes(activations),
+              "  activations of a micro-batch (estimate)\n", "            ",
+              detail::mebibytes(2 * weights + state + activations), "  together\n");
+}
+
+}  // namespace knock::train
+#endif
