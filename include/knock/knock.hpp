@@ -31,6 +31,7 @@
 #include <knock/ops/scan.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/ops/index.hpp>
+#include <knock/ops/sort.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/rope.hpp>
 #include <knock/ops/softmax.hpp>

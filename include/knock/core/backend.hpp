@@ -135,6 +135,11 @@ struct Backend {
   /// out_i = a_i out_(i-1) + b_i along the last axis, starting from 0; floating dtypes.
   void (*recurrence)(const Array& a, const Array& b, const Array& out) = nullptr;
 
+  // Order, along the last axis: NaN is the greatest element, equal ones keep their order; indices are i64.
+  void (*sort)(bool descending, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
+  /// The k first elements in order, k being the last extent of the outputs.
+  void (*topk)(bool largest, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
+
   // Moving by index: i64 indices, already checked to be in range. index and src have one shape (any strides; an index
   // that is the same along an axis has stride 0 there), which exceeds out's in no axis but `axis`.
   /// out[.., i, ..] = x[.., index[.., i, ..], ..]; x's shape exceeds out's as src's does.

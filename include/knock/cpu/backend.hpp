@@ -16,6 +16,7 @@
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
 #include <knock/cpu/scan.hpp>
+#include <knock/cpu/sort.hpp>
 #include <knock/cpu/rope.hpp>
 #include <knock/cpu/softmax.hpp>
 
@@ -40,6 +41,8 @@ KNOCK_FUNC const Backend& table() {
     b.arg_reduce = arg_reduce;
     b.scan = scan;
     b.recurrence = recurrence;
+    b.sort = sort;
+    b.topk = topk;
     b.gemm = gemm;
     b.rope = rope;
     b.gather = gather;
