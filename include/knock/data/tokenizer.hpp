@@ -708,7 +708,8 @@ class Tokenizer::Reader {
     require(type_of(model) == "BPE", "model type ", quoted(type_of(model)), " is not supported: it must be BPE");
     for (const char* key : {"dropout", "unk_token"}) require(is_null(model, key), key, " is not supported");
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"})
-      require(is_null(model, key) || model.at(key) == "", key, " is not supported");
+      require(is_null(model, key) || member(model, key, Json::value_t::string).get_ref<const std::string&>().empty(),
+              key, " is not supported");
     for (const char* key : {"fuse_unk", "byte_fallback", "ignore_merges"})
       require(!flag(model, key), key, " is not supported");
   }
