@@ -96,7 +96,9 @@ Tensor lerp(const Tensor& start, const Tensor& end, Scalar weight);
 
 }  // namespace knock
 
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_BINARY)
+// Shared by the bodies of several headers, hence inline.
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_BINARY) || defined(KNOCK_BODIES_OPS_POINTWISE) || \
+    defined(KNOCK_BODIES_OPS_INPLACE)
 #include <knock/ops/pointwise_functors.hpp>
 #include <knock/ops/view.hpp>
 
@@ -117,7 +119,7 @@ struct BinaryInfo {
   bool differentiable;
 };
 
-KNOCK_FUNC BinaryInfo info_of(Binary op) {
+inline BinaryInfo info_of(Binary op) {
 #define KNOCK_GRADIENT(name, functor, ...) {#name, pointwise::functor::domain, true},
 #define KNOCK_PREDICATE(name, functor) {#name, pointwise::functor::domain, false},
   static constexpr BinaryInfo infos[] = {KNOCK_BINARY_OPS(KNOCK_GRADIENT) KNOCK_BINARY_PREDICATES(KNOCK_PREDICATE)};
@@ -127,7 +129,7 @@ KNOCK_FUNC BinaryInfo info_of(Binary op) {
 }
 
 /// The dtype of the result of an op on operands of dtype `operands`; an error when the op does not take it.
-KNOCK_FUNC DType result_dtype(const BinaryInfo& info, DType operands) {
+inline DType result_dtype(const BinaryInfo& info, DType operands) {
   if (info.domain == pointwise::predicate) return DType::u8;
   if (info.domain == pointwise::floats && !is_float(operands))
     fail(info.name, "needs floating operands, got ", operands, "; convert with .to(DType::f32)",
@@ -135,28 +137,28 @@ KNOCK_FUNC DType result_dtype(const BinaryInfo& info, DType operands) {
   return operands;
 }
 
-KNOCK_FUNC Array expanded(const Tensor& x, const Shape& shape) {
+inline Array expanded(const Tensor& x, const Shape& shape) {
   return x.shape() == shape ? x.array() : x.array().expand(shape);
 }
 
 /// The gradient of an operand with this shape and dtype from the gradient at the broadcast shape.
-KNOCK_FUNC Tensor gradient_like(const Tensor& gradient, const Shape& shape, DType dtype) {
+inline Tensor gradient_like(const Tensor& gradient, const Shape& shape, DType dtype) {
   const Tensor summed = sum_to(gradient, shape);
   return summed.dtype() == dtype ? summed : summed.to(dtype);
 }
 
 /// d/da a^b = b a^(b - 1), and 0 for b = 0 even where a = 0.
-KNOCK_FUNC Tensor pow_base_gradient(const Tensor& dy, const Tensor& a, const Tensor& b) {
+inline Tensor pow_base_gradient(const Tensor& dy, const Tensor& a, const Tensor& b) {
   return where(b == 0, zeros_like(dy), dy * (b * pow(a, b - 1)));
 }
 
 /// d/db a^b = a^b log a, and 0 at a = 0 for b >= 0.
-KNOCK_FUNC Tensor pow_exponent_gradient(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& y) {
+inline Tensor pow_exponent_gradient(const Tensor& dy, const Tensor& a, const Tensor& b, const Tensor& y) {
   return where(logical_and(a == 0, b >= 0), zeros_like(dy), dy * (y * log(a)));
 }
 
 /// The gradient of the operand that is chosen where `wins`, and shared where `ties`.
-KNOCK_FUNC Tensor extremum_gradient(const Tensor& dy, const Tensor& loses, const Tensor& ties) {
+inline Tensor extremum_gradient(const Tensor& dy, const Tensor& loses, const Tensor& ties) {
   return where(ties, dy / 2, masked_fill(dy, loses, 0));
 }
 
@@ -166,7 +168,7 @@ struct BinaryNeeds {
 
 inline constexpr int A = 1, B = 2, Y = 4;  // what a gradient needs saved
 
-KNOCK_FUNC BinaryNeeds needs_of(Binary op) {
+inline BinaryNeeds needs_of(Binary op) {
 #define KNOCK_NEEDS(name, functor, for_da, da, for_db, db) \
   case Binary::name:                                       \
     return {for_da, for_db};
@@ -178,8 +180,8 @@ KNOCK_FUNC BinaryNeeds needs_of(Binary op) {
 #undef KNOCK_NEEDS
 }
 
-KNOCK_FUNC Tensor gradient_a(Binary op, [[maybe_unused]] PointwiseParams p, const Tensor& dy, const Tensor& a,
-                             const Tensor& b, [[maybe_unused]] const Tensor& y) {
+inline Tensor gradient_a(Binary op, [[maybe_unused]] PointwiseParams p, const Tensor& dy, const Tensor& a,
+                         const Tensor& b, [[maybe_unused]] const Tensor& y) {
 #define KNOCK_GRADIENT(name, functor, for_da, da, for_db, db) \
   case Binary::name:                                          \
     return da;
@@ -191,8 +193,8 @@ KNOCK_FUNC Tensor gradient_a(Binary op, [[maybe_unused]] PointwiseParams p, cons
 #undef KNOCK_GRADIENT
 }
 
-KNOCK_FUNC Tensor gradient_b(Binary op, PointwiseParams p, const Tensor& dy, const Tensor& a, const Tensor& b,
-                             const Tensor& y) {
+inline Tensor gradient_b(Binary op, PointwiseParams p, const Tensor& dy, const Tensor& a, const Tensor& b,
+                         const Tensor& y) {
 #define KNOCK_GRADIENT(name, functor, for_da, da, for_db, db) \
   case Binary::name:                                          \
     return db;
@@ -204,7 +206,7 @@ KNOCK_FUNC Tensor gradient_b(Binary op, PointwiseParams p, const Tensor& dy, con
 #undef KNOCK_GRADIENT
 }
 
-KNOCK_FUNC void record_binary(Binary op, PointwiseParams params, const Tensor& a, const Tensor& b, const Tensor& y) {
+inline void record_binary(Binary op, PointwiseParams params, const Tensor& a, const Tensor& b, const Tensor& y) {
   const BinaryInfo info = info_of(op);
   if (!info.differentiable || !autograd::is_recording()) return;
   const bool wants_a = a.requires_grad(), wants_b = b.requires_grad();
@@ -225,11 +227,11 @@ KNOCK_FUNC void record_binary(Binary op, PointwiseParams params, const Tensor& a
       });
 }
 
-KNOCK_FUNC void check_one_device(const char* op, const Tensor& a, const Tensor& b) {
+inline void check_one_device(const char* op, const Tensor& a, const Tensor& b) {
   if (a.device() != b.device()) check_same_device(op, {a, b});
 }
 
-KNOCK_FUNC Tensor binary(Binary op, const Tensor& a, const Tensor& b, PointwiseParams params = {}) {
+inline Tensor binary(Binary op, const Tensor& a, const Tensor& b, PointwiseParams params = {}) {
   const BinaryInfo info = info_of(op);
   check_one_device(info.name, a, b);
   const DType dtype = result_dtype(info, promote(a.dtype(), b.dtype(), info.name));
@@ -241,13 +243,13 @@ KNOCK_FUNC Tensor binary(Binary op, const Tensor& a, const Tensor& b, PointwiseP
 }
 
 /// A number that takes part in arithmetic with integers must be whole.
-KNOCK_FUNC void check_takes(const char* op, DType dtype, Scalar number) {
+inline void check_takes(const char* op, DType dtype, Scalar number) {
   if (number.integral || is_float(dtype) || std::trunc(number.real) == number.real) return;
   fail(op, "the number ", number.real, " is not whole but the tensor is ", dtype, "; convert it with .to(DType::f32)");
 }
 
 /// x op number, or number op x. Ops whose gradient is not written here go through a tensor of rank 0.
-KNOCK_FUNC Tensor binary(Binary op, const Tensor& x, Scalar number, bool number_first = false) {
+inline Tensor binary(Binary op, const Tensor& x, Scalar number, bool number_first = false) {
   const BinaryInfo info = info_of(op);
   check_takes(info.name, x.dtype(), number);
   const Tensor y = empty(x.shape(), {result_dtype(info, x.dtype()), x.device()});
@@ -279,12 +281,21 @@ KNOCK_FUNC Tensor binary(Binary op, const Tensor& x, Scalar number, bool number_
   }
 }
 
-KNOCK_FUNC void check_condition(const char* op, const Tensor& condition) {
+inline void check_condition(const char* op, const Tensor& condition) {
   if (condition.dtype() != DType::u8)
     fail(op, "the condition must be u8 (a comparison gives one), got ", condition, "; use condition != 0");
 }
 
+/// A number as a weight is not rounded to bf16.
+inline DType weight_dtype(DType dtype) { return dtype == DType::bf16 ? DType::f32 : dtype; }
+
 }  // namespace detail
+
+}  // namespace knock
+#endif
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_BINARY)
+namespace knock {
 
 // clang-format off
 KNOCK_FUNC Tensor operator-(const Tensor& a, const Tensor& b) { return detail::binary(Binary::sub, a, b); }
@@ -399,9 +410,6 @@ KNOCK_FUNC Tensor masked_fill(const Tensor& x, const Tensor& mask, Scalar value)
 }
 
 namespace detail {
-
-/// A number as a weight is not rounded to bf16.
-KNOCK_FUNC DType weight_dtype(DType dtype) { return dtype == DType::bf16 ? DType::f32 : dtype; }
 
 KNOCK_FUNC Tensor lerp(const Tensor& start, const Tensor& end, const Tensor& weight, DType dtype) {
   detail::check_one_device("lerp", start, end);

@@ -78,7 +78,8 @@ Tensor mish(const Tensor& x);
 
 }  // namespace knock
 
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_POINTWISE)
+// Shared by the bodies of several headers, hence inline.
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_POINTWISE) || defined(KNOCK_BODIES_OPS_INPLACE)
 #include <knock/ops/pointwise_functors.hpp>
 
 #include <limits>
@@ -92,31 +93,31 @@ struct UnaryInfo {
   pointwise::Uses uses;
 };
 
-KNOCK_FUNC UnaryInfo info_of(Unary op) {
+inline UnaryInfo info_of(Unary op) {
 #define KNOCK_INFO(name, functor, ...) {#name, pointwise::functor::domain, pointwise::functor::uses},
   static constexpr UnaryInfo infos[] = {KNOCK_UNARY_OPS(KNOCK_INFO)};
 #undef KNOCK_INFO
   return infos[static_cast<int>(op)];
 }
 
-KNOCK_FUNC Tensor gelu_derivative(const Tensor& x) {
+inline Tensor gelu_derivative(const Tensor& x) {
   constexpr double density = 0.5 * pointwise::two_over_sqrt_pi * pointwise::sqrt_half;
   return 0.5 * (1 + erf(x * pointwise::sqrt_half)) + x * (density * exp(-0.5 * x * x));
 }
 
-KNOCK_FUNC Tensor gelu_tanh_derivative(const Tensor& x) {
+inline Tensor gelu_tanh_derivative(const Tensor& x) {
   const Tensor t = tanh(pointwise::sqrt_two_over_pi * (x + pointwise::gelu_cubic * x * x * x));
   const Tensor slope = pointwise::sqrt_two_over_pi * (1 + 3 * pointwise::gelu_cubic * x * x);
   return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * slope;
 }
 
-KNOCK_FUNC Tensor mish_derivative(const Tensor& x) {
+inline Tensor mish_derivative(const Tensor& x) {
   const Tensor t = tanh(softplus(x));
   return t + x * sigmoid(x) * (1 - t * t);
 }
 
 /// The gradient made of ops; x or y is undefined where the op's derivative does not use it.
-KNOCK_FUNC Tensor composite_gradient(Unary op, PointwiseParams p, const Tensor& dy, const Tensor& x, const Tensor& y) {
+inline Tensor composite_gradient(Unary op, PointwiseParams p, const Tensor& dy, const Tensor& x, const Tensor& y) {
 #define KNOCK_GRADIENT(name, functor, gradient) \
   case Unary::name:                             \
     return gradient;
@@ -126,19 +127,19 @@ KNOCK_FUNC Tensor composite_gradient(Unary op, PointwiseParams p, const Tensor& 
 }
 
 /// The gradient from one kernel; v is x, y or undefined.
-KNOCK_FUNC Tensor fused_gradient(Unary op, PointwiseParams p, const Tensor& dy, const Tensor& v) {
+inline Tensor fused_gradient(Unary op, PointwiseParams p, const Tensor& dy, const Tensor& v) {
   const Tensor dx = empty(dy.shape(), {dy.dtype(), dy.device()});
   kernel(&Backend::unary_backward, info_of(op).name, dx)(op, p, (v.defined() ? v : dy).array(), dy.array(), dx.array());
   return dx;
 }
 
-KNOCK_FUNC void check_takes_dtype(Unary op, const Tensor& x) {
+inline void check_takes_dtype(Unary op, const Tensor& x) {
   const UnaryInfo info = info_of(op);
   if (info.domain == pointwise::floats && !is_float(x.dtype()))
     fail(info.name, "needs a floating tensor, got ", x, "; convert it with .to(DType::f32)");
 }
 
-KNOCK_FUNC Tensor unary(Unary op, const Tensor& x, PointwiseParams params = {}) {
+inline Tensor unary(Unary op, const Tensor& x, PointwiseParams params = {}) {
   const UnaryInfo info = info_of(op);
   check_takes_dtype(op, x);
   const bool is_predicate = info.domain == pointwise::predicate;
@@ -156,13 +157,19 @@ KNOCK_FUNC Tensor unary(Unary op, const Tensor& x, PointwiseParams params = {}) 
       });
 }
 
-KNOCK_FUNC PointwiseParams clamp_params(const char* op, const Tensor& x, Scalar low, Scalar high) {
+inline PointwiseParams clamp_params(const char* op, const Tensor& x, Scalar low, Scalar high) {
   for (const Scalar bound : {low, high})
     if (!std::isinf(bound.real)) check_takes(op, x.dtype(), bound);
   return {low.real, high.real};
 }
 
 }  // namespace detail
+
+}  // namespace knock
+#endif
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_POINTWISE)
+namespace knock {
 
 // clang-format off
 #define KNOCK_UNARY(name) KNOCK_FUNC Tensor name(const Tensor& x) { return detail::unary(Unary::name, x); }
