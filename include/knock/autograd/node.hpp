@@ -276,9 +276,10 @@ KNOCK_FUNC void retire(Node* node) {
 
 KNOCK_FUNC bool wants_recording(std::span<const Tensor> inputs) {
   if (!is_recording()) return false;
-  for (const Tensor& input : inputs)
-    if (input.defined() && input.requires_grad()) return true;
-  return false;
+  bool wants =
+      false;  // every input is asked: a stale view gets its new history before the node that takes it is numbered
+  for (const Tensor& input : inputs) wants |= input.defined() && input.requires_grad();
+  return wants;
 }
 
 KNOCK_FUNC void connect(std::shared_ptr<Node> node, std::span<const Tensor> outputs, std::span<const Tensor> inputs) {

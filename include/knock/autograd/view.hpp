@@ -121,9 +121,15 @@ KNOCK_FUNC Tensor with_history_of(const std::shared_ptr<TensorImpl>& impl) {
 /// Gives a view whose storage was written since the history of a look into its base as it is now.
 KNOCK_FUNC void refresh_view(const Tensor& view) {
   const auto& meta = view.impl().meta;
-  if (!meta || !meta->base || !meta->tracked || !meta->base->requires_grad) return;
+  if (!meta || !meta->base || !meta->tracked) return;
   const uint32_t version = view.impl().storage->version.load(std::memory_order_relaxed);
   if (meta->version == version) return;
+  if (!meta->base->requires_grad) {  // the base was overwritten by constants, or the view is a leaf of its own
+    if (meta->grad_fn) view.impl().requires_grad = false;
+    meta->grad_fn.reset();
+    meta->version = version;
+    return;
+  }
   const RecordingGuard guard(true);
   const Tensor fresh = as_strided(Tensor(meta->base), view.shape(), view.strides(), view.impl().offset);
   view.impl().requires_grad = true;
@@ -212,7 +218,7 @@ KNOCK_FUNC void rebase_history(const char* op, const Tensor& self, const Tensor&
 
 KNOCK_FUNC bool Tensor::requires_grad() const {
   const auto& meta = impl().meta;
-  if (meta && meta->base && !impl_->requires_grad) autograd::detail::refresh_view(*this);
+  if (meta && meta->base) autograd::detail::refresh_view(*this);
   return impl_->requires_grad;
 }
 
