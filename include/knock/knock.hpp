@@ -13,6 +13,7 @@
 #include <knock/core/philox.hpp>
 #include <knock/core/backend.hpp>
 #include <knock/core/tensor.hpp>
+#include <knock/core/print.hpp>
 #include <knock/core/state_dict.hpp>
 
 #include <knock/autograd/grad_mode.hpp>
@@ -38,6 +39,7 @@
 #include <knock/ops/norm.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/dropout.hpp>
+#include <knock/ops/attention.hpp>
 #include <knock/ops/mlp.hpp>
 #include <knock/ops/optim.hpp>
 
