@@ -33,6 +33,7 @@
 #include <knock/ops/view.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/sort.hpp>
+#include <knock/ops/random.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/rope.hpp>
 #include <knock/ops/softmax.hpp>

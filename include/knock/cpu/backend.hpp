@@ -4,6 +4,7 @@
 #include <knock/core/backend.hpp>
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_BACKEND)
+#include <knock/cpu/attention.hpp>
 #include <knock/cpu/copy.hpp>
 #include <knock/cpu/dropout.hpp>
 #include <knock/cpu/gemm.hpp>
@@ -15,6 +16,7 @@
 #include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
+#include <knock/cpu/multinomial.hpp>
 #include <knock/cpu/scan.hpp>
 #include <knock/cpu/sort.hpp>
 #include <knock/cpu/rope.hpp>
@@ -43,8 +45,11 @@ KNOCK_FUNC const Backend& table() {
     b.recurrence = recurrence;
     b.sort = sort;
     b.topk = topk;
+    b.multinomial = multinomial;
     b.gemm = gemm;
     b.rope = rope;
+    b.attention = attention;
+    b.attention_backward = attention_backward;
     b.gather = gather;
     b.scatter = scatter;
     b.scatter_add = scatter_add;
