@@ -1,9 +1,9 @@
 #pragma once
 // Pointwise kernels of the CPU, generated from the lists of ops/pointwise_functors.hpp.
 //
-// Each functor is compiled once for f32, f64 and i64, as a loop over dense data that the compiler vectorises. Other
-// dtypes (bf16 computes in f32, i32 and u8 in i64), strides and broadcasting pass through small buffers around those
-// loops, so the number of instantiations is functors x 3, whatever the layout.
+// Each functor is compiled once for f32, f64 and i64 (predicates for u8 too), as a loop over dense data that the
+// compiler vectorises. Other dtypes (bf16 computes in f32, i32 and u8 in i64), strides and broadcasting pass through
+// small buffers around those loops, so the number of instantiations is functors x 3, whatever the layout.
 
 #include <knock/core/backend.hpp>
 #include <knock/ops/pointwise_functors.hpp>
@@ -27,89 +27,225 @@ namespace detail {
 
 using pointwise::Params;
 
-/// One functor over n dense elements: in[k] may be `out` itself.
-template <class C>
-using Loop = void (*)(Params<C> params, const C* const* in, C* out, int64_t n);
+/// One functor over n dense elements of the types it computes with; an input may be `out` itself.
+using Loop = void (*)(PointwiseParams params, const void* const* in, void* out, int64_t n);
+
+/// An operand and the dtype the loop wants it in.
+struct Operand {
+  const Array* array;
+  DType type;
+};
 
 /// Elements converted at a time: the buffers of four operands stay in the L1 cache.
 inline constexpr int64_t block_elements = 512;
 
-template <class C>
-void load(const Array& array, int64_t offset, int64_t step, int64_t n, C* to) {
-  dispatch_all(array.dtype, [&]<class T>(Type<T>) {
-    const T* from = array.as<T>() + offset;
-    if (step == 1) {
-      KNOCK_SIMD
-      for (int64_t i = 0; i < n; ++i) to[i] = convert<C>(from[i]);
-    } else if (step == 0) {
-      std::fill(to, to + n, convert<C>(*from));
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = convert<C>(from[i * step]);
-    }
-  });
+/// Rows shorter than this are gathered several at a time.
+inline constexpr int64_t short_row = 64;
+
+struct Buffer {
+  alignas(64) char bytes[block_elements * 8];
+};
+
+/// Calls `body(Type<T>{})` with a type that loops compute with or give.
+template <class Body>
+void dispatch_loop_type(DType type, Body&& body) {
+  if (type == DType::f32) return body(Type<float>{});
+  if (type == DType::f64) return body(Type<double>{});
+  if (type == DType::i64) return body(Type<int64_t>{});
+  body(Type<uint8_t>{});
 }
 
-template <class C>
-void store(const Array& array, int64_t offset, int64_t step, int64_t n, const C* from) {
-  dispatch_all(array.dtype, [&]<class T>(Type<T>) {
-    T* to = array.as<T>() + offset;
-    if (step == 1) {
-      KNOCK_SIMD
-      for (int64_t i = 0; i < n; ++i) to[i] = convert<T>(from[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i * step] = convert<T>(from[i]);
-    }
-  });
-}
-
-/// Applies the loop to arrays of any dtype and layout; arrays[0] is the output.
-template <class C, std::size_t K>
-void apply(Loop<C> loop, Params<C> params, const std::array<const Array*, K>& arrays) {
-  bool dense = true;
-  for (const Array* array : arrays) dense = dense && array->dtype == dtype_of<C>() && array->contiguous();
-  if (dense) {
-    return parallel_for(arrays[0]->numel(), task_elements, [&](int64_t begin, int64_t end) {
-      const C* in[K - 1];
-      for (std::size_t k = 1; k < K; ++k) in[k - 1] = arrays[k]->template as<C>() + begin;
-      loop(params, in, arrays[0]->template as<C>() + begin, end - begin);
-    });
+template <class To, class From>
+void copy_strided(const From* from, int64_t from_step, To* to, int64_t to_step, int64_t n) {
+  if (from_step == 1 && to_step == 1) {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
+  } else if (from_step == 0 && to_step == 1) {
+    std::fill(to, to + n, convert<To>(*from));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * to_step] = convert<To>(from[i * from_step]);
   }
+}
+
+/// n elements of an array's row, from `offset` on with `step`, into a dense buffer of another dtype.
+inline void load(const Operand& operand, int64_t offset, int64_t step, int64_t n, void* to) {
+  dispatch_loop_type(operand.type, [&]<class To>(Type<To>) {
+    dispatch_all(operand.array->dtype, [&]<class From>(Type<From>) {
+      copy_strided(operand.array->as<From>() + offset, step, static_cast<To*>(to), 1, n);
+    });
+  });
+}
+
+/// The way back.
+inline void store(const Operand& operand, int64_t offset, int64_t step, int64_t n, const void* from) {
+  dispatch_loop_type(operand.type, [&]<class From>(Type<From>) {
+    dispatch_all(operand.array->dtype, [&]<class To>(Type<To>) {
+      copy_strided(static_cast<const From*>(from), 1, operand.array->as<To>() + offset, step, n);
+    });
+  });
+}
+
+/// Calls `segment(offset, n)` for the pieces of rows that hold elements [begin, begin + n) of a loop nest.
+template <class Segment>
+void for_each_segment(const Shape& shape, const Strides& strides, int64_t begin, int64_t n, Segment&& segment) {
+  const int64_t inner = shape.rank() - 1;
+  int64_t index[max_rank] = {};
+  int64_t offset = 0;
+  for (int64_t axis = inner, rest = begin; axis >= 0; --axis) {
+    index[axis] = rest % shape[axis];
+    rest /= shape[axis];
+    offset += index[axis] * strides[axis];
+  }
+  for (int64_t left = n; left > 0;) {
+    const int64_t count = std::min(left, shape[inner] - index[inner]);
+    segment(offset, count);
+    left -= count;
+    offset -= index[inner] * strides[inner];
+    index[inner] = 0;
+    for (int64_t axis = inner - 1; axis >= 0; --axis) {
+      offset += strides[axis];
+      if (++index[axis] < shape[axis]) break;
+      offset -= index[axis] * strides[axis];
+      index[axis] = 0;
+    }
+  }
+}
+
+/// Elements [begin, begin + n) of a loop nest, whose rows are short, into a dense buffer.
+inline void gather(const Operand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
+                   void* to) {
+  dispatch_loop_type(operand.type, [&]<class To>(Type<To>) {
+    dispatch_all(operand.array->dtype, [&]<class From>(Type<From>) {
+      const From* from = operand.array->as<From>();
+      To* next = static_cast<To*>(to);
+      const int64_t step = strides.back();
+      for_each_segment(shape, strides, begin, n, [&](int64_t offset, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) next[i] = convert<To>(from[offset + i * step]);
+        next += count;
+      });
+    });
+  });
+}
+
+/// The way back.
+inline void scatter(const Operand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
+                    const void* from) {
+  dispatch_loop_type(operand.type, [&]<class From>(Type<From>) {
+    dispatch_all(operand.array->dtype, [&]<class To>(Type<To>) {
+      To* to = operand.array->as<To>();
+      const From* next = static_cast<const From*>(from);
+      const int64_t step = strides.back();
+      for_each_segment(shape, strides, begin, n, [&](int64_t offset, int64_t count) {
+        for (int64_t i = 0; i < count; ++i) to[offset + i * step] = convert<To>(next[i]);
+        next += count;
+      });
+    });
+  });
+}
+
+inline char* element(const Array& array, int64_t offset) {
+  return static_cast<char*>(array.data) + offset * size_of(array.dtype);
+}
+
+inline bool is_constant(const Array& array) {
+  for (const int64_t stride : array.strides)
+    if (stride != 0) return false;
+  return true;
+}
+
+/// Dense operands of the loop's own types, and single numbers: no loop nest is needed.
+template <std::size_t K>
+void apply_dense(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands,
+                 const std::array<bool, K>& constant) {
+  bool any_constant = false;
+  for (const bool c : constant) any_constant = any_constant || c;
+  parallel_for(operands[0].array->numel(), task_elements, [&](int64_t begin, int64_t end) {
+    Buffer buffers[K];
+    const int64_t block = any_constant ? std::min(end - begin, block_elements) : end - begin;
+    for (std::size_t k = 1; k < K; ++k)
+      if (constant[k]) load(operands[k], 0, 0, block, buffers[k].bytes);
+    for (int64_t i = begin; i < end; i += block) {
+      const void* in[K];
+      for (std::size_t k = 1; k < K; ++k) in[k] = constant[k] ? buffers[k].bytes : element(*operands[k].array, i);
+      loop(params, in + 1, element(*operands[0].array, i), std::min(block, end - i));
+    }
+  });
+}
+
+/// Any layout with long rows: operands with steps other than 1, or of other dtypes, pass through buffers.
+template <std::size_t K>
+void apply_rows(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands,
+                const std::array<const Array*, K>& arrays) {
   for_each_row<K>(arrays, [&](const auto& offsets, const auto& steps, int64_t n) {
-    C buffers[K][block_elements];
-    const C* in[K];
+    Buffer buffers[K];
     bool direct[K];
     bool all_direct = true;
     for (std::size_t k = 0; k < K; ++k) {
-      direct[k] = arrays[k]->dtype == dtype_of<C>() && (steps[k] == 1 || n == 1);
+      direct[k] = arrays[k]->dtype == operands[k].type && steps[k] == 1;
       all_direct = all_direct && direct[k];
-      in[k] = direct[k] ? arrays[k]->template as<C>() + offsets[k] : buffers[k];
     }
     const int64_t block = all_direct ? n : std::min(n, block_elements);
     for (int64_t begin = 0; begin < n; begin += block) {
       const int64_t count = std::min(block, n - begin);
+      const void* in[K];
       for (std::size_t k = 1; k < K; ++k) {
-        if (direct[k]) {
-          in[k] = arrays[k]->template as<C>() + offsets[k] + begin;
-        } else if (begin == 0 || steps[k] != 0) {
-          load(*arrays[k], offsets[k] + begin * steps[k], steps[k], count, buffers[k]);
-        }
+        in[k] = direct[k] ? element(*arrays[k], offsets[k] + begin) : buffers[k].bytes;
+        if (!direct[k] && (begin == 0 || steps[k] != 0))
+          load(operands[k], offsets[k] + begin * steps[k], steps[k], count, buffers[k].bytes);
       }
-      if (direct[0]) {
-        loop(params, in + 1, arrays[0]->template as<C>() + offsets[0] + begin, count);
-      } else {
-        loop(params, in + 1, buffers[0], count);
-        store(*arrays[0], offsets[0] + begin * steps[0], steps[0], count, buffers[0]);
-      }
+      void* out = direct[0] ? element(*arrays[0], offsets[0] + begin) : buffers[0].bytes;
+      loop(params, in + 1, out, count);
+      if (!direct[0]) store(operands[0], offsets[0] + begin * steps[0], steps[0], count, out);
     }
   });
 }
 
-/// Calls `body(Type<C>{})` with the type that operands of these dtypes are computed in.
-template <class Body>
-void dispatch_compute(DType a, DType b, Body&& body) {
-  if (a == DType::f64 || b == DType::f64) return body(Type<double>{});
-  if (is_float(a) || is_float(b)) return body(Type<float>{});
-  return body(Type<int64_t>{});
+/// Any layout with short rows: blocks hold several of them.
+template <std::size_t K>
+void apply_blocks(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands, const LoopNest<K>& nest) {
+  bool direct[K];
+  for (std::size_t k = 0; k < K; ++k)
+    direct[k] = operands[k].array->dtype == operands[k].type && is_contiguous(nest.shape, nest.strides[k]);
+  parallel_for(nest.shape.numel(), task_elements, [&](int64_t begin, int64_t end) {
+    Buffer buffers[K];
+    for (int64_t i = begin; i < end; i += block_elements) {
+      const int64_t count = std::min(block_elements, end - i);
+      const void* in[K];
+      for (std::size_t k = 1; k < K; ++k) {
+        in[k] = direct[k] ? element(*operands[k].array, i) : buffers[k].bytes;
+        if (!direct[k]) gather(operands[k], nest.shape, nest.strides[k], i, count, buffers[k].bytes);
+      }
+      void* out = direct[0] ? element(*operands[0].array, i) : buffers[0].bytes;
+      loop(params, in + 1, out, count);
+      if (!direct[0]) scatter(operands[0], nest.shape, nest.strides[0], i, count, out);
+    }
+  });
+}
+
+/// Applies the loop to operands of any dtype and layout; the first one is the output.
+template <std::size_t K>
+void apply(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands) {
+  if (operands[0].array->numel() == 0) return;
+  std::array<bool, K> constant{};
+  std::array<const Array*, K> arrays;
+  bool dense = true;
+  for (std::size_t k = 0; k < K; ++k) {
+    const Array& array = *operands[k].array;
+    arrays[k] = &array;
+    if (array.dtype == operands[k].type && array.contiguous()) continue;
+    constant[k] = k > 0 && is_constant(array);
+    dense = dense && constant[k];
+  }
+  if (dense) return apply_dense(loop, params, operands, constant);
+  const LoopNest<K> nest = merge_axes(arrays);
+  if (nest.shape.back() < short_row && nest.shape.rank() > 1) return apply_blocks(loop, params, operands, nest);
+  apply_rows(loop, params, operands, arrays);
+}
+
+/// The type that operands of these dtypes are computed in.
+inline DType compute_type(DType a, DType b) {
+  if (a == DType::f64 || b == DType::f64) return DType::f64;
+  return is_float(a) || is_float(b) ? DType::f32 : DType::i64;
 }
 
 template <class T>
@@ -127,132 +263,167 @@ Params<C> to_params(PointwiseParams params) {
 }
 
 template <class F, class C>
-void unary_loop(Params<C> params, const C* const* in, C* out, int64_t n) {
-  const C* x = in[0];
+using Result = std::conditional_t<F::domain == pointwise::predicate, uint8_t, C>;
+
+template <class F, class C>
+void unary_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
+  const Params<C> params = to_params<C>(given);
+  const C* x = static_cast<const C*>(in[0]);
+  auto* y = static_cast<Result<F, C>*>(out);
   KNOCK_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = F::f(x[i], params);
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(x[i], params));
 }
 
 template <class F, class C>
-void unary_backward_loop(Params<C> params, const C* const* in, C* out, int64_t n) {
-  const C *v = in[0], *dy = in[1];
+void unary_backward_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
+  const Params<C> params = to_params<C>(given);
+  const C *v = static_cast<const C*>(in[0]), *dy = static_cast<const C*>(in[1]);
+  C* dx = static_cast<C*>(out);
   KNOCK_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const C df = F::df(v[i], params);
-    out[i] = F::masks && df == 0 ? C(0) : dy[i] * df;
+    dx[i] = F::masks && df == 0 ? C(0) : dy[i] * df;
   }
 }
 
 template <class F, class C>
-void binary_loop(Params<C> params, const C* const* in, C* out, int64_t n) {
-  const C *a = in[0], *b = in[1];
+void binary_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
+  const Params<C> params = to_params<C>(given);
+  const C *a = static_cast<const C*>(in[0]), *b = static_cast<const C*>(in[1]);
+  auto* y = static_cast<Result<F, C>*>(out);
   if constexpr (F::divides && std::is_integral_v<C>) {
     for (int64_t i = 0; i < n; ++i) check(b[i] != 0, "divide", "integer division by zero");
   }
   KNOCK_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = F::f(a[i], b[i], params);
+  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(a[i], b[i], params));
 }
 
 template <class C>
-void where_loop(Params<C>, const C* const* in, C* out, int64_t n) {
-  const C *condition = in[0], *a = in[1], *b = in[2];
+void where_loop(PointwiseParams, const void* const* in, void* out, int64_t n) {
+  const auto* condition = static_cast<const uint8_t*>(in[0]);
+  const C *a = static_cast<const C*>(in[1]), *b = static_cast<const C*>(in[2]);
+  C* y = static_cast<C*>(out);
   KNOCK_SIMD
-  for (int64_t i = 0; i < n; ++i) out[i] = condition[i] != 0 ? a[i] : b[i];
+  for (int64_t i = 0; i < n; ++i) y[i] = condition[i] != 0 ? a[i] : b[i];
 }
 
 /// From the nearer end, so that weights 0 and 1 give a and b exactly.
 template <class C>
-void lerp_loop(Params<C>, const C* const* in, C* out, int64_t n) {
-  const C *a = in[0], *b = in[1], *weight = in[2];
+void lerp_loop(PointwiseParams, const void* const* in, void* out, int64_t n) {
+  const C *a = static_cast<const C*>(in[0]), *b = static_cast<const C*>(in[1]), *weight = static_cast<const C*>(in[2]);
+  C* y = static_cast<C*>(out);
   KNOCK_SIMD
   for (int64_t i = 0; i < n; ++i) {
     const C w = weight[i], span = b[i] - a[i];
-    out[i] = std::fabs(w) < C(0.5) ? a[i] + w * span : b[i] - span * (1 - w);
+    y[i] = std::fabs(w) < C(0.5) ? a[i] + w * span : b[i] - span * (1 - w);
   }
 }
 
+/// Whether an op can be computed in C: floats for all; i64 where integers are taken; u8 for predicates.
 template <class F, class C>
 constexpr bool takes() {
+  if (std::is_same_v<C, uint8_t>) return F::domain == pointwise::predicate;
   return F::domain != pointwise::floats || std::is_floating_point_v<C>;
 }
 
-template <class C>
-Loop<C> unary_loop_of(Unary op) {
 #define KNOCK_CASE(name, functor, ...)                                                      \
-  case Unary::name:                                                                         \
-    if constexpr (takes<pointwise::functor, C>()) return unary_loop<pointwise::functor, C>; \
+  case Op::name:                                                                            \
+    if constexpr (takes<pointwise::functor, C>()) return KNOCK_LOOP<pointwise::functor, C>; \
     break;
+
+template <class C>
+Loop unary_loop_of(Unary op) {
+  using Op = Unary;
+#define KNOCK_LOOP unary_loop
   switch (op) { KNOCK_UNARY_OPS(KNOCK_CASE) }
-#undef KNOCK_CASE
+#undef KNOCK_LOOP
   fail("unary", "needs a floating dtype");
 }
 
 template <class C>
-Loop<C> unary_backward_loop_of(Unary op) {
-#define KNOCK_CASE(name, functor, ...) \
-  case Unary::name:                    \
-    return unary_backward_loop<pointwise::functor, C>;
+Loop unary_backward_loop_of(Unary op) {
+  using Op = Unary;
+#define KNOCK_LOOP unary_backward_loop
   switch (op) { KNOCK_UNARY_OPS(KNOCK_CASE) }
-#undef KNOCK_CASE
-  fail("unary_backward", "unknown op");
+#undef KNOCK_LOOP
+  fail("unary_backward", "needs a floating dtype");
 }
 
 template <class C>
-Loop<C> binary_loop_of(Binary op) {
-#define KNOCK_CASE(name, functor, ...)                                                       \
-  case Binary::name:                                                                         \
-    if constexpr (takes<pointwise::functor, C>()) return binary_loop<pointwise::functor, C>; \
-    break;
+Loop binary_loop_of(Binary op) {
+  using Op = Binary;
+#define KNOCK_LOOP binary_loop
   switch (op) { KNOCK_BINARY_OPS(KNOCK_CASE) KNOCK_BINARY_PREDICATES(KNOCK_CASE) }
-#undef KNOCK_CASE
+#undef KNOCK_LOOP
   fail("binary", "needs a floating dtype");
+}
+#undef KNOCK_CASE
+
+inline bool is_predicate(Unary op) {
+#define KNOCK_CASE(name, functor, ...) pointwise::functor::domain == pointwise::predicate,
+  static constexpr bool predicates[] = {KNOCK_UNARY_OPS(KNOCK_CASE)};
+  return predicates[static_cast<int>(op)];
+}
+
+inline bool is_predicate(Binary op) {
+  static constexpr bool predicates[] = {KNOCK_BINARY_OPS(KNOCK_CASE) KNOCK_BINARY_PREDICATES(KNOCK_CASE)};
+#undef KNOCK_CASE
+  return predicates[static_cast<int>(op)];
+}
+
+/// The type that an op on these dtypes is computed in, and that of its results.
+template <class Op>
+DType compute_type_of(Op op, DType a, DType b) {
+  return is_predicate(op) && a == DType::u8 && b == DType::u8 ? DType::u8 : compute_type(a, b);
+}
+template <class Op>
+DType result_type_of(Op op, DType compute) {
+  return is_predicate(op) ? DType::u8 : compute;
 }
 
 }  // namespace detail
 
 KNOCK_FUNC void unary(Unary op, PointwiseParams params, const Array& x, const Array& out) {
-  detail::dispatch_compute(x.dtype, x.dtype, [&]<class C>(Type<C>) {
-    detail::apply<C, 2>(detail::unary_loop_of<C>(op), detail::to_params<C>(params), {&out, &x});
+  const DType type = detail::compute_type_of(op, x.dtype, x.dtype);
+  detail::dispatch_loop_type(type, [&]<class C>(Type<C>) {
+    detail::apply<2>(detail::unary_loop_of<C>(op), params, {{{&out, detail::result_type_of(op, type)}, {&x, type}}});
   });
 }
 
 KNOCK_FUNC void unary_backward(Unary op, PointwiseParams params, const Array& v, const Array& dy, const Array& out_dx) {
-  dispatch_float(dy.dtype, "unary_backward", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    detail::apply<C, 3>(detail::unary_backward_loop_of<C>(op), detail::to_params<C>(params), {&out_dx, &v, &dy});
-  });
+  const DType type = detail::compute_type(dy.dtype, dy.dtype);
+  const auto loop = type == DType::f64 ? detail::unary_backward_loop_of<double> : detail::unary_backward_loop_of<float>;
+  detail::apply<3>(loop(op), params, {{{&out_dx, type}, {&v, type}, {&dy, type}}});
 }
 
 KNOCK_FUNC void binary(Binary op, PointwiseParams params, const Array& a, const Array& b, const Array& out) {
-  detail::dispatch_compute(a.dtype, b.dtype, [&]<class C>(Type<C>) {
-    detail::apply<C, 3>(detail::binary_loop_of<C>(op), detail::to_params<C>(params), {&out, &a, &b});
+  const DType type = detail::compute_type_of(op, a.dtype, b.dtype), result = detail::result_type_of(op, type);
+  detail::dispatch_loop_type(type, [&]<class C>(Type<C>) {
+    detail::apply<3>(detail::binary_loop_of<C>(op), params, {{{&out, result}, {&a, type}, {&b, type}}});
   });
 }
 
 KNOCK_FUNC void binary_scalar(Binary op, const Array& x, Scalar scalar, bool scalar_first, const Array& out) {
-  detail::dispatch_compute(x.dtype, x.dtype, [&]<class C>(Type<C>) {
+  const DType type = detail::compute_type(x.dtype, x.dtype), result = detail::result_type_of(op, type);
+  detail::dispatch_loop_type(type, [&]<class C>(Type<C>) {
     C value = scalar.to<C>();
-    const Array number{&value, dtype_of<C>(), x.shape, Strides::filled(x.rank(), 0)};
+    const Array number{&value, type, x.shape, Strides::filled(x.rank(), 0)};
     const Array &a = scalar_first ? number : x, &b = scalar_first ? x : number;
-    detail::apply<C, 3>(detail::binary_loop_of<C>(op), {}, {&out, &a, &b});
+    detail::apply<3>(detail::binary_loop_of<C>(op), {}, {{{&out, result}, {&a, type}, {&b, type}}});
   });
 }
 
 KNOCK_FUNC void where(const Array& condition, const Array& a, const Array& b, const Array& out) {
-  detail::dispatch_compute(a.dtype, b.dtype, [&]<class C>(Type<C>) {
-    detail::apply<C, 4>(detail::where_loop<C>, {}, {&out, &condition, &a, &b});
+  const DType type = detail::compute_type(a.dtype, b.dtype);
+  detail::dispatch_loop_type(type, [&]<class C>(Type<C>) {
+    detail::apply<4>(detail::where_loop<C>, {}, {{{&out, type}, {&condition, DType::u8}, {&a, type}, {&b, type}}});
   });
 }
 
 KNOCK_FUNC void lerp(const Array& a, const Array& b, const Array& weight, const Array& out) {
-  const DType widest = a.dtype == DType::f64 ? a.dtype : b.dtype;
-  detail::dispatch_compute(widest, weight.dtype, [&]<class C>(Type<C>) {
-    if constexpr (std::is_floating_point_v<C>) {
-      detail::apply<C, 4>(detail::lerp_loop<C>, {}, {&out, &a, &b, &weight});
-    } else {
-      fail("lerp", "needs a floating dtype");
-    }
-  });
+  const DType type = detail::compute_type(detail::compute_type(a.dtype, b.dtype), weight.dtype);
+  const detail::Loop loop = type == DType::f64 ? detail::lerp_loop<double> : detail::lerp_loop<float>;
+  detail::apply<4>(loop, {}, {{{&out, type}, {&a, type}, {&b, type}, {&weight, type}}});
 }
 
 }  // namespace knock::cpu
