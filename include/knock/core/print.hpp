@@ -110,21 +110,23 @@ class TensorPrinter {
     if (axis == shown_.rank()) return next_element();
     const bool innermost = axis + 1 == shown_.rank(), summarised = shown_[axis] != shape_[axis];
     const std::size_t per_line = std::max<std::size_t>((line_width - indent) / (width_ + 2), 1);
-    const std::string new_line = "\n" + std::string(indent + 1, ' ');
-    std::string separator = ",";
-    if (!innermost) separator += std::string(static_cast<std::size_t>(shown_.rank() - axis - 2), '\n') + new_line;
+    std::string new_line(1, '\n'), separator(1, ',');
+    new_line.append(indent + 1, ' ');
+    if (!innermost) separator.append(static_cast<std::size_t>(shown_.rank() - axis - 2), '\n').append(new_line);
     std::string out = "[";
     std::size_t written = 0;
-    const auto append = [&](const std::string& item) {
-      if (written > 0) out += !innermost ? separator : written % per_line == 0 ? separator + new_line : separator + " ";
-      out += item;
+    const auto append = [&](std::string_view item) {
+      if (written > 0) out.append(separator);
+      if (written > 0 && innermost) out.append(written % per_line == 0 ? std::string_view(new_line) : " ");
+      out.append(item);
       ++written;
     };
     for (int64_t i = 0; i < shown_[axis]; ++i) {
       if (summarised && i == edge_items) append(innermost ? " ..." : "...");
       append(axis_text(axis + 1, indent + 1));
     }
-    return out + "]";
+    out.append("]");
+    return out;
   }
 
   bool floating_, whole_ = true, scientific_ = false;
@@ -145,7 +147,9 @@ KNOCK_FUNC std::string to_string(const Tensor& x) {
   if (x.device() != Device()) suffix += text(", device=", x.device());
   const std::size_t last_line = out.size() - (out.rfind('\n') + 1);
   const bool fits = last_line + 2 + suffix.size() + 1 <= Printer::line_width;
-  return out + (fits ? ", " : ",\n" + std::string(Printer::prefix.size(), ' ')) + suffix + ")";
+  out.append(fits ? ", " : ",\n");
+  if (!fits) out.append(Printer::prefix.size(), ' ');
+  return out.append(suffix).append(")");
 }
 
 KNOCK_FUNC std::ostream& operator<<(std::ostream& out, const Tensor& x) { return out << to_string(x); }
