@@ -38,11 +38,13 @@ Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tens
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ATTENTION)
+#include <knock/autograd/twin.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/dropout.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
+#include <knock/ops/view.hpp>
 
 #include <cmath>
 #include <limits>
@@ -107,16 +109,16 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
                   detail::attention_scale(q, params);
   if (params.mask.defined()) {
     if (params.mask.dtype() == DType::u8) {
-      scores = masked_fill(scores, params.mask == 0, -infinity);
+      scores = masked_fill(scores, eq(params.mask, 0), -infinity);
     } else {
       scores = scores + params.mask.to(q.dtype());
     }
   }
   if (params.causal != Causal::none || params.window > 0)
     scores = masked_fill(scores, detail::forbidden(queries, keys, params, q.device()), -infinity);
-  const Tensor hidden = scores == -infinity;                            // (B, Hq, Tq, Tk)
-  const Tensor blind = amax(scores.detach(), {-1}, true) == -infinity;  // (B, Hq, Tq, 1): sees no key
-  Tensor weights = softmax(masked_fill(scores, blind, 0), -1);          // (B, Hq, Tq, Tk)
+  const Tensor hidden = eq(scores, -infinity);                            // (B, Hq, Tq, Tk)
+  const Tensor blind = eq(amax(scores.detach(), {-1}, true), -infinity);  // (B, Hq, Tq, 1): sees no key
+  Tensor weights = knock::softmax(masked_fill(scores, blind, 0), -1);     // (B, Hq, Tq, Tk)
   weights = masked_fill(weights, hidden, 0);
   if (params.dropout > 0) weights = dropout(weights, params.dropout);
   const Tensor out = matmul(weights.reshape({batch, kv_heads, heads / kv_heads, queries, keys}), v.unsqueeze(2));
@@ -127,7 +129,42 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
 
 KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                AttentionParams params) {
-  return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+  const bool mask_gradient = autograd::is_recording() && params.mask.defined() && params.mask.requires_grad();
+  if (params.dropout > 0 || mask_gradient) return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+  detail::check_attention(q, k, v, params);
+  constexpr const char* op = "scaled_dot_product_attention";
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
+  const Shape shape{batch, heads, queries, v.size(3)};
+  if (shape.numel() == 0 || keys == 0) return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+
+  const AttentionScores scores{detail::attention_scale(q, params), params.causal != Causal::none,
+                               params.causal == Causal::bottom_right ? keys - queries : 0, params.window};
+  const Tensor out = detail::empty_in_order_of(q, shape);
+  const Tensor log_sum_exp =
+      empty({batch, heads, queries}, {q.dtype() == DType::f64 ? DType::f64 : DType::f32, q.device()});
+  const auto mask_array = [shape = Shape{batch, heads, queries, keys}](const Tensor& mask) {
+    return mask.defined() ? mask.array().expand(shape) : Array{};
+  };
+  kernel(&Backend::attention, op, q)(scores, q.array(), k.array(), v.array(), mask_array(params.mask), out.array(),
+                                     log_sum_exp.array());
+  return autograd::record(op, out, {q, k, v},
+                          [sq = autograd::Saved(q), sk = autograd::Saved(k), sv = autograd::Saved(v),
+                           sm = autograd::Saved(params.mask), so = autograd::SavedOutput(out), log_sum_exp, params,
+                           scores, mask_array](const autograd::Upstream& up) -> Tensors {
+                            const Tensor query = sq.get(up), key = sk.get(up), value = sv.get(up), mask = sm.get(up),
+                                         dout = up.dy();
+                            if (autograd::is_recording())
+                              return autograd::twin_gradients(up, {query, key, value}, [&](const Tensors& in) {
+                                return composite::scaled_dot_product_attention(in[0], in[1], in[2], params);
+                              });
+                            const Tensor dq = detail::empty_in_order_of(query, query.shape()),
+                                         dk = detail::empty_in_order_of(key, key.shape()),
+                                         dv = detail::empty_in_order_of(value, value.shape());
+                            kernel(&Backend::attention_backward, op, query)(
+                                scores, query.array(), key.array(), value.array(), mask_array(mask), so.get(up).array(),
+                                log_sum_exp.array(), dout.array(), dq.array(), dk.array(), dv.array());
+                            return {dq, dk, dv};
+                          });
 }
 
 }  // namespace knock

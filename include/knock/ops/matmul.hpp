@@ -287,10 +287,13 @@ struct EinsumPlan {
 KNOCK_FUNC bool is_letter(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'); }
 
 KNOCK_FUNC EinsumPlan parse_einsum(std::string_view equation, const Tensors& operands) {
-  std::string packed;
-  for (const char c : equation)
-    if (c != ' ') packed.push_back(c);
-  for (std::size_t at; (at = packed.find("...")) != std::string::npos;) packed.replace(at, 3, "*");
+  std::string packed;  // without blanks, "..." as '*'
+  for (std::size_t i = 0; i < equation.size(); ++i) {
+    if (equation[i] == ' ') continue;
+    const bool ellipsis = equation.substr(i, 3) == "...";
+    packed.push_back(ellipsis ? '*' : equation[i]);
+    if (ellipsis) i += 2;
+  }
   const std::size_t arrow = packed.find("->");
   const std::string inputs = packed.substr(0, arrow);
   EinsumPlan plan;
@@ -343,7 +346,7 @@ KNOCK_FUNC EinsumPlan parse_einsum(std::string_view equation, const Tensors& ope
     for (const char c : all)
       if (c != '*' && std::count(all.begin(), all.end(), c) == 1) plan.output.push_back(c);
     std::sort(plan.output.begin(), plan.output.end());
-    plan.output.insert(0, "*");
+    plan.output.insert(plan.output.begin(), '*');
   }
   const std::size_t at = plan.output.find('*');
   if (at != std::string::npos) plan.output.replace(at, 1, ellipsis_labels(widest));

@@ -24,30 +24,13 @@ Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options = {});
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ROPE)
 #include <knock/autograd/node.hpp>
-
-#include <algorithm>
-#include <numeric>
+#include <knock/ops/view.hpp>
 
 namespace knock {
 namespace detail {
 
-/// Uninitialised, without gaps, its axes in the same order in memory as those of `like`.
-KNOCK_FUNC Tensor empty_in_order_of(const Tensor& like) {
-  Tensor out = empty_like(like);
-  int64_t order[max_rank];
-  std::iota(order, order + like.rank(), 0);
-  std::stable_sort(order, order + like.rank(),
-                   [&](int64_t a, int64_t b) { return like.strides()[a] > like.strides()[b]; });
-  int64_t step = 1;
-  for (int64_t i = like.rank() - 1; i >= 0; --i) {
-    out.impl().strides[order[i]] = step;
-    step *= std::max<int64_t>(like.shape()[order[i]], 1);
-  }
-  return out;
-}
-
 KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options, bool inverse) {
-  const Tensor y = empty_in_order_of(x);
+  const Tensor y = empty_in_order_of(x, x.shape());
   kernel(&Backend::rope, "rope", x)(x.array(), positions.array(), options.theta, options.interleaved, inverse,
                                     y.array());
   return autograd::record(

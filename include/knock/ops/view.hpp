@@ -87,6 +87,8 @@ Tensor movedim(const Tensor& x, int64_t source, int64_t destination);
 namespace detail {
 /// x summed down to `shape`, which broadcasts to x's shape: the gradient of broadcasting.
 Tensor sum_to(const Tensor& x, const Shape& shape);
+/// Uninitialised, without gaps, its axes in the same order in memory as those of `like`, which has as many.
+Tensor empty_in_order_of(const Tensor& like, const Shape& shape);
 }  // namespace detail
 
 }  // namespace knock
@@ -172,6 +174,20 @@ KNOCK_FUNC bool view_strides(const Shape& shape, const Strides& strides, const S
   }
   while (axis >= 0) out[axis--] = step;
   return true;
+}
+
+KNOCK_FUNC Tensor empty_in_order_of(const Tensor& like, const Shape& shape) {
+  Tensor out = empty(shape, {like.dtype(), like.device()});
+  int64_t order[max_rank];
+  std::iota(order, order + like.rank(), 0);
+  std::stable_sort(order, order + like.rank(),
+                   [&](int64_t a, int64_t b) { return like.strides()[a] > like.strides()[b]; });
+  int64_t step = 1;
+  for (int64_t i = like.rank() - 1; i >= 0; --i) {
+    out.impl().strides[order[i]] = step;
+    step *= std::max<int64_t>(shape[order[i]], 1);
+  }
+  return out;
 }
 
 KNOCK_FUNC Tensor sum_to(const Tensor& x, const Shape& shape) {
