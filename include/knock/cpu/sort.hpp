@@ -21,7 +21,6 @@ void topk(bool largest, const Array& x, const Array& out_values, const Array& ou
 #include <algorithm>
 #include <bit>
 #include <utility>
-#include <utility>
 #include <vector>
 
 namespace knock::cpu {

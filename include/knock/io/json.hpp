@@ -16,7 +16,7 @@
 namespace knock::io::detail {
 
 /// A name as error messages show it: quoted, escaped, shortened.
-std::string quoted(std::string_view name);
+std::string quote(std::string_view name);
 /// Whether the bytes are well-formed UTF-8 (no overlong forms, no surrogates).
 bool is_utf8(std::string_view bytes);
 /// `text` as a JSON string, with its quotes.
@@ -145,7 +145,7 @@ KNOCK_FUNC std::string json_string(std::string_view text) {
   return out += '"';
 }
 
-KNOCK_FUNC std::string quoted(std::string_view name) {
+KNOCK_FUNC std::string quote(std::string_view name) {
   constexpr std::size_t longest = 80;
   std::size_t end = std::min(name.size(), longest);
   while (end > 0 && !is_utf8(name.substr(0, end)) && longest - end < 4) --end;  // do not cut a character in two
@@ -183,7 +183,7 @@ KNOCK_FUNC void JsonReader::enter() {
 KNOCK_FUNC void JsonReader::check_new(std::vector<std::string>& keys) const {
   std::sort(keys.begin(), keys.end());
   const auto repeated = std::adjacent_find(keys.begin(), keys.end());
-  if (repeated != keys.end()) fail(op_, source_, ": key ", quoted(*repeated), " appears twice");
+  if (repeated != keys.end()) fail(op_, source_, ": key ", quote(*repeated), " appears twice");
 }
 
 KNOCK_FUNC uint32_t JsonReader::hex4() {

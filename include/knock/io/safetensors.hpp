@@ -98,7 +98,7 @@ KNOCK_FUNC float half_to_float(uint16_t bits) {
 KNOCK_FUNC StoredTensor read_entry(JsonReader& json, const std::string& name) {
   StoredTensor tensor;
   tensor.name = name;
-  const std::string where = text("tensor ", quoted(name), ": ");
+  const std::string where = text("tensor ", quote(name), ": ");
   bool has_shape = false;
   std::vector<int64_t> offsets;
   json.object([&](const std::string& key) {
@@ -107,7 +107,7 @@ KNOCK_FUNC StoredTensor read_entry(JsonReader& json, const std::string& name) {
       for (const StoredType& type : stored_types)
         if (dtype == type.name) tensor.type = &type;
       if (!tensor.type)
-        json.bad(text(where, "dtype ", quoted(dtype), " is not supported (F32 F64 BF16 I32 I64 U8 BOOL F16 are)"));
+        json.bad(text(where, "dtype ", quote(dtype), " is not supported (F32 F64 BF16 I32 I64 U8 BOOL F16 are)"));
     } else if (key == "shape") {
       has_shape = true;
       json.array([&] {
@@ -121,7 +121,7 @@ KNOCK_FUNC StoredTensor read_entry(JsonReader& json, const std::string& name) {
         if (offsets.size() > 2) json.bad(text(where, "data_offsets must be two numbers"));
       });
     } else {
-      json.bad(text(where, "unknown key ", quoted(key)));
+      json.bad(text(where, "unknown key ", quote(key)));
     }
   });
   if (!tensor.type || !has_shape || offsets.size() != 2) json.bad(text(where, "needs dtype, shape and data_offsets"));
@@ -135,7 +135,7 @@ KNOCK_FUNC void check_layout(const Header& header, std::string_view source) {
   std::vector<const StoredTensor*> by_offset;
   for (const StoredTensor& tensor : header.tensors) {
     const auto refuse = [&](const auto&... why) {
-      fail(load_op, source, ": tensor ", quoted(tensor.name), ": ", why...);
+      fail(load_op, source, ": tensor ", quote(tensor.name), ": ", why...);
     };
     constexpr int64_t limit = std::numeric_limits<int64_t>::max() / 16;
     int64_t count = 1;
@@ -158,7 +158,7 @@ KNOCK_FUNC void check_layout(const Header& header, std::string_view source) {
   });
   int64_t covered = 0;
   for (const StoredTensor* tensor : by_offset) {
-    check(tensor->begin == covered, load_op, source, ": tensor ", quoted(tensor->name), " starts at byte ",
+    check(tensor->begin == covered, load_op, source, ": tensor ", quote(tensor->name), " starts at byte ",
           tensor->begin, " of the data, where ", covered,
           " was expected: ", tensor->begin < covered ? "an overlap" : "a gap");
     covered = tensor->end;
@@ -229,7 +229,7 @@ KNOCK_FUNC ShardIndex read_index(const std::string& path) {
       const std::string file = json.string();
       if (file.empty() || file == "." || file == ".." ||
           file.find_first_of(std::string_view("/\0", 2)) != std::string::npos)
-        json.bad(text(quoted(file), " is not the name of a file in the index's folder"));
+        json.bad(text(quote(file), " is not the name of a file in the index's folder"));
       index.file_of.emplace_back(name, file);
     });
   });
@@ -264,7 +264,7 @@ KNOCK_FUNC StateDict load_shards(const std::string& path) {
     auto [entry, first] = files.try_emplace(file);
     if (first) entry->second = load_safetensors(folder_of(path) + file);
     const Tensor* found = entry->second.find(name);
-    check(found != nullptr, load_op, path, ": tensor ", quoted(name), " is not in ", quoted(file));
+    check(found != nullptr, load_op, path, ": tensor ", quote(name), " is not in ", quote(file));
     out.insert(name, *found);
   }
   return out;
@@ -308,13 +308,13 @@ KNOCK_FUNC void save_safetensors(const std::string& path, const StateDict& tenso
   Metadata all = metadata;
   all.try_emplace("format", "pt");
   for (const auto& [key, value] : all)
-    check(detail::is_utf8(key) && detail::is_utf8(value), op, path, ": metadata ", detail::quoted(key),
+    check(detail::is_utf8(key) && detail::is_utf8(value), op, path, ": metadata ", detail::quote(key),
           " is not UTF-8");
   std::vector<const StateDict::Entry*> order;
   for (const StateDict::Entry& entry : tensors) {
     const auto& [name, tensor] = entry;
-    check(tensor.defined(), op, path, ": tensor ", detail::quoted(name), " is undefined");
-    check(name != "__metadata__" && detail::is_utf8(name), op, path, ": ", detail::quoted(name),
+    check(tensor.defined(), op, path, ": tensor ", detail::quote(name), " is undefined");
+    check(name != "__metadata__" && detail::is_utf8(name), op, path, ": ", detail::quote(name),
           " cannot name a tensor");
     order.push_back(&entry);
   }
