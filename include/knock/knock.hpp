@@ -42,7 +42,24 @@
 #include <knock/ops/dropout.hpp>
 #include <knock/ops/attention.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/moe.hpp>
 #include <knock/ops/optim.hpp>
+
+#include <knock/nn/module.hpp>
+#include <knock/nn/init.hpp>
+#include <knock/nn/linear.hpp>
+#include <knock/nn/embedding.hpp>
+#include <knock/nn/norm.hpp>
+#include <knock/nn/dropout.hpp>
+#include <knock/nn/mlp.hpp>
+#include <knock/nn/sequential.hpp>
+#include <knock/nn/attention/options.hpp>
+#include <knock/nn/attention/knock.hpp>
+#include <knock/nn/attention/attention.hpp>
+#include <knock/nn/attention/grouped.hpp>
+#include <knock/nn/moe/balance.hpp>
+#include <knock/nn/moe/router.hpp>
+#include <knock/nn/moe/moe.hpp>
 
 #include <knock/optim/optimizer.hpp>
 #include <knock/optim/adamw.hpp>
@@ -51,5 +68,7 @@
 #include <knock/optim/schedule.hpp>
 
 #include <knock/io/safetensors.hpp>
+
+#include <knock/models/moe_lm.hpp>
 
 #include <knock/cpu/backend.hpp>
