@@ -411,6 +411,6 @@ TEST_CASE("json: strings, numbers and nesting are read strictly") {
   nested += '[';
   CHECK(contains(error_of([&] { skip(nested + std::string(33, ']')); }), "nested too deeply"));
   CHECK(contains(error_of([&] { skip(std::string(1'000'000, '[')); }), "nested too deeply"));
-  CHECK(io::detail::quoted(std::string(200, 'x')).size() == 85);
+  CHECK(io::detail::quote(std::string(200, 'x')).size() == 85);
   CHECK(io::detail::json_string("a\"\\\x01é") == "\"a\\\"\\\\\\u0001é\"");
 }
