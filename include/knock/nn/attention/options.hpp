@@ -32,7 +32,7 @@ struct AttentionOptions {
   int64_t kv_heads = 0;  ///< key and value heads, a divisor of q_heads; 0: what the variant implies
   int64_t head_dim = 0;  ///< features of a head; 0: hidden / q_heads
   AttentionVariant variant = AttentionVariant::gqa;
-  KnockOptions knock;
+  KnockOptions knock = {};
   bool qk_norm = false;  ///< RMSNorm over each head of q and k, after the knock and before RoPE
   double norm_eps = 1e-6;
   bool rope = true;
