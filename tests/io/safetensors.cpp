@@ -75,10 +75,10 @@ TEST_CASE("safetensors: what was saved is loaded, bit for bit and in order") {
   const StateDict loaded = io::load_safetensors(path);
   REQUIRE(loaded.size() == saved.size());
   auto entry = loaded.begin();
-  for (const auto& [name, tensor] : saved) {
-    CAPTURE(name);
-    CHECK(entry->first == name);
-    CHECK(test::same_bits(entry->second, tensor));
+  for (const StateDict::Entry& expected : saved) {
+    CAPTURE(expected.first);
+    CHECK(entry->first == expected.first);
+    CHECK(test::same_bits(entry->second, expected.second));
     CHECK(entry->second.is_contiguous());
     ++entry;
   }

@@ -104,11 +104,12 @@ TEST_CASE("index: scatter_add equals the sum element by element on odd shapes, s
                                    {{5, 300}, {5, 33}, {5, 40}, 1}, {{3, 5, 7}, {3, 11, 6}, {3, 11, 7}, 1},
                                    {{1, 1}, {9, 1}, {9, 2}, 0},     {{40, 2, 3}, {500, 2, 3}, {500, 2, 3}, 0},
                                    {{3, 4}, {0, 4}, {0, 4}, 0},     {{2, 600, 3}, {2, 900, 3}, {2, 900, 3}, 1}};
-  for (const auto& [shape, index_shape, src_shape, dim] : cases) {
-    CAPTURE(to_text(shape));
-    const Tensor x = randn(shape, {.dtype = DType::f64}), src = randn(src_shape, {.dtype = DType::f64});
-    const Tensor index = randint(0, shape[dim], index_shape);
-    const Tensor expected = from_data(added(x, dim, index, src), shape);
+  for (const Case& c : cases) {
+    CAPTURE(to_text(c.x));
+    const Tensor x = randn(c.x, {.dtype = DType::f64}), src = randn(c.src, {.dtype = DType::f64});
+    const int64_t dim = c.dim;
+    const Tensor index = randint(0, c.x[dim], c.index);
+    const Tensor expected = from_data(added(x, dim, index, src), x.shape());
     CHECK(test::distance(scatter_add(x, dim, index, src), expected) < 1e-14);
     CHECK(test::distance(scatter_add(strided(x), dim, strided(index), strided(src)), expected) < 1e-14);
     CHECK(test::distance(scatter_add(x.to(DType::f32), dim, index, src.to(DType::f32)), expected) < 1e-5);

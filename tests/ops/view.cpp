@@ -166,7 +166,9 @@ TEST_CASE("view: reshape is a view exactly where strides allow") {
   };
   for (std::size_t i = 0; i < cases.size(); ++i) {
     CAPTURE(i);
-    const auto& [from, to, is_view] = cases[i];
+    const Tensor& from = cases[i].x;
+    const Shape& to = cases[i].to;
+    const bool is_view = cases[i].view;
     const Tensor y = from.reshape(to);
     CHECK(y.shape() == to);
     CHECK(values(y) == values(from));
