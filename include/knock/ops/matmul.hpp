@@ -356,19 +356,20 @@ KNOCK_FUNC EinsumPlan parse_einsum(std::string_view equation, const Tensors& ope
 /// An operand with its repeated labels taken as diagonals.
 KNOCK_FUNC Term as_term(const Tensor& operand, const std::string& labels) {
   Term term{operand, labels};
-  for (std::size_t i = 0; i < term.labels.size(); ++i) {
+  for (std::size_t i = 0; i < term.labels.size();) {
     const char label = term.labels[i];
-    std::size_t twin;
-    while ((twin = term.labels.find(label, i + 1)) != std::string::npos) {
-      const auto first = static_cast<int64_t>(i), second = static_cast<int64_t>(twin);
-      check(term.value.size(first) == term.value.size(second), "einsum", "'", label, "' has extents ",
-            term.value.size(first), " and ", term.value.size(second), " in operand ", operand);
-      term.value = term.value.diagonal(0, first, second);  // the diagonal becomes the last axis
-      term.labels.erase(twin, 1);
-      term.labels.erase(i, 1);
-      term.labels.push_back(label);
-      i = 0;
+    const std::size_t twin = term.labels.find(label, i + 1);
+    if (twin == std::string::npos) {
+      ++i;
+      continue;
     }
+    const auto first = static_cast<int64_t>(i), second = static_cast<int64_t>(twin);
+    check(term.value.size(first) == term.value.size(second), "einsum", "'", label, "' has extents ",
+          term.value.size(first), " and ", term.value.size(second), " in operand ", operand);
+    term.value = term.value.diagonal(0, first, second);  // the diagonal becomes the last axis
+    term.labels.erase(twin, 1);
+    term.labels.erase(i, 1);
+    term.labels.push_back(label);
   }
   return term;
 }
