@@ -391,15 +391,15 @@ struct Silu : UnaryOp<floats, input> {
 
 /// x Phi(x), Phi the normal distribution function (Hendrycks and Gimpel, arXiv 1606.08415)
 struct Gelu : UnaryOp<floats, input> {
+  // x^2 would overflow long after Phi is 0 or 1
   template <class T>
   KNOCK_HD static T f(T x, Params<T>) {
-    return T(0.5) * x * (1 + math::erf(x * T(sqrt_half)));
+    return x * math::normal(x).cdf;
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T>) {
-    const T cdf = T(0.5) * (1 + math::erf(x * T(sqrt_half)));
-    const T pdf = T(0.5 * two_over_sqrt_pi * sqrt_half) * math::exp(T(-0.5) * x * x);
-    return cdf + x * pdf;
+    const auto [cdf, density] = math::normal(x);
+    return cdf + x * density;
   }
 };
 
@@ -607,14 +607,14 @@ struct Pow : BinaryOp<numbers> {
 struct Maximum : BinaryOp<numbers> {
   template <class T>
   KNOCK_HD static T f(T a, T b, Params<T>) {
-    return (a > b) | (a != a) ? a : b;
+    return ((a > b) | (a != a)) ? a : b;
   }
 };
 
 struct Minimum : BinaryOp<numbers> {
   template <class T>
   KNOCK_HD static T f(T a, T b, Params<T>) {
-    return (a < b) | (a != a) ? a : b;
+    return ((a < b) | (a != a)) ? a : b;
   }
 };
 
@@ -695,8 +695,8 @@ struct LogicalXor : BinaryOp<predicate> { template <class T> KNOCK_HD static T f
   X(fmod,       Fmod,      0,     dy,                                       A | B, -dy * trunc(a / b))             \
   X(remainder,  Remainder, 0,     dy,                                       A | B, -dy * floor(a / b))             \
   X(pow,        Pow,       A | B, pow_base_gradient(dy, a, b),              A | B | Y, pow_exponent_gradient(dy, a, b, y)) \
-  X(maximum,    Maximum,   A | B, extremum_gradient(dy, a > b, a == b),     A | B, extremum_gradient(dy, b > a, a == b))   \
-  X(minimum,    Minimum,   A | B, extremum_gradient(dy, a < b, a == b),     A | B, extremum_gradient(dy, b < a, a == b))   \
+  X(maximum,    Maximum,   A | B, extremum_gradient(dy, a < b, a == b),     A | B, extremum_gradient(dy, b < a, a == b))   \
+  X(minimum,    Minimum,   A | B, extremum_gradient(dy, a > b, a == b),     A | B, extremum_gradient(dy, b > a, a == b))   \
   X(atan2,      Atan2,     A | B, dy * b / (a * a + b * b),                 A | B, -dy * a / (a * a + b * b))
 
 /// X(name, functor): binary ops that no gradient flows through.

@@ -1,0 +1,114 @@
+// The f32 functions against the f64 ones of the standard library, over samples of every binade and over special values.
+#include <knock/core/math.hpp>
+
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using namespace knock;
+
+constexpr float infinity = std::numeric_limits<float>::infinity(), quiet_nan = std::numeric_limits<float>::quiet_NaN();
+
+/// Every 1021st of all 2^32 bit patterns.
+std::vector<float> samples() {
+  std::vector<float> values;
+  for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 1021)
+    values.push_back(std::bit_cast<float>(static_cast<uint32_t>(bits)));
+  return values;
+}
+
+struct Accuracy {
+  double worst_ulp = 0;
+  float at = 0;
+  int64_t wrong = 0;  ///< NaN, infinities or signs of zeros that are not those of the rounded exact value
+};
+
+template <class F, class G>
+Accuracy accuracy(F function, G exact) {
+  static const std::vector<float> in = samples();
+  std::vector<float> out(in.size());
+  KNOCK_SIMD
+  for (std::size_t i = 0; i < in.size(); ++i) out[i] = function(in[i]);
+  Accuracy result;
+  for (std::size_t i = 0; i < in.size(); ++i) {
+    const double wanted = exact(static_cast<double>(in[i])), got = out[i];
+    const float rounded = static_cast<float>(wanted);
+    if (!std::isfinite(rounded) || !std::isfinite(got)) {
+      if (got != rounded && !(std::isnan(rounded) && std::isnan(got))) ++result.wrong;
+      continue;
+    }
+    if (wanted == 0 && std::signbit(wanted) != std::signbit(got)) ++result.wrong;
+    int exponent = 0;
+    std::frexp(wanted, &exponent);
+    const double error = std::fabs(got - wanted) / std::ldexp(1.0, std::max(exponent - 24, -149));
+    if (error > result.worst_ulp) result.worst_ulp = error, result.at = in[i];
+  }
+  return result;
+}
+
+#define CHECK_ACCURATE(name, limit)                                                                                  \
+  do {                                                                                                               \
+    const Accuracy result = accuracy([](float x) { return math::name(x); }, [](double x) { return math::name(x); }); \
+    INFO(#name, ": ", result.worst_ulp, " ulp at ", result.at, ", wrong ", result.wrong);                            \
+    CHECK(result.worst_ulp < limit);                                                                                 \
+    CHECK(result.worst_ulp > 0.4); /* the comparison took place: no f32 function is this exact everywhere */         \
+    CHECK(result.wrong == 0);                                                                                        \
+  } while (false)
+
+}  // namespace
+
+TEST_CASE("math: f32 functions are accurate over all of f32") {
+  CHECK_ACCURATE(exp, 1.1);
+  CHECK_ACCURATE(expm1, 1.6);
+  CHECK_ACCURATE(log, 1.0);
+  CHECK_ACCURATE(log2, 1.5);
+  CHECK_ACCURATE(log1p, 1.6);
+  CHECK_ACCURATE(tanh, 2.6);
+  CHECK_ACCURATE(sigmoid, 2.6);
+  CHECK_ACCURATE(erf, 1.4);
+}
+
+TEST_CASE("math: edges of exp and its kin") {
+  CHECK(math::exp(0.0F) == 1.0F);
+  CHECK(math::exp(88.72283F) < infinity);
+  CHECK(math::exp(88.72284F) == infinity);
+  CHECK(math::exp(infinity) == infinity);
+  CHECK(math::exp(-infinity) == 0.0F);
+  CHECK(math::exp(-104.0F) == 0.0F);
+  CHECK(math::exp(-103.0F) == 0x1p-149F);  // the smallest denormal
+  CHECK(std::isnan(math::exp(quiet_nan)));
+  CHECK(math::expm1(-infinity) == -1.0F);
+  CHECK(math::expm1(infinity) == infinity);
+  CHECK(math::log(0x1p-149F) == doctest::Approx(-149 * 0.693147180559945));
+  CHECK(math::log(0.0F) == -infinity);
+  CHECK(std::isnan(math::log(-1.0F)));
+  CHECK(math::log1p(-1.0F) == -infinity);
+  CHECK(math::log1p(1e-30F) == 1e-30F);
+  CHECK(math::log2(0x1p77F) == 77.0F);
+  CHECK(math::tanh(infinity) == 1.0F);
+  CHECK(math::tanh(-infinity) == -1.0F);
+  CHECK(math::sigmoid(-infinity) == 0.0F);
+  CHECK(math::sigmoid(-100.0F) > 0.0F);
+  CHECK(math::erf(infinity) == 1.0F);
+}
+
+TEST_CASE("math: normal distribution, both tails") {
+  double worst = 0, worst_density = 0;
+  for (int i = -60000; i <= 60000; ++i) {
+    const float x = static_cast<float>(i) * 1e-4F;
+    const auto [cdf, density] = math::normal(x);
+    const auto [exact, exact_density] = math::normal(static_cast<double>(x));
+    worst = std::max(worst, std::fabs(cdf - exact) / exact);
+    worst_density = std::max(worst_density, std::fabs(density - exact_density) / exact_density);
+  }
+  CHECK(worst < 2e-6);
+  CHECK(worst_density < 2e-6);
+  CHECK(math::normal(infinity).cdf == 1.0F);
+  CHECK(math::normal(-infinity).cdf == 0.0F);
+  CHECK(math::normal(1e30F).cdf == 1.0F);
+  CHECK(std::isnan(math::normal(quiet_nan).cdf));
+}
