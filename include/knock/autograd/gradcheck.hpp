@@ -90,10 +90,8 @@ KNOCK_FUNC GradcheckResult gradcheck(const std::function<Tensors(const Tensors&)
     if (input.defined() && input.requires_grad()) wanted.push_back(input);
   const Tensors analytic = grad(differentiable, wanted, {.allow_unused = true, .upstream = upstream});
 
-  const auto value = [&] {
-    const NoGradGuard no_grad;
-    return detail::weighted_sum(function(inputs), weights);
-  };
+  // Recording stays on: the function may itself ask for gradients.
+  const auto value = [&] { return detail::weighted_sum(function(inputs), weights); };
   GradcheckResult result;
   for (std::size_t i = 0; i < wanted.size(); ++i) {
     const auto numeric = detail::numeric_gradient(value, wanted[i], options.step);

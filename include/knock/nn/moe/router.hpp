@@ -33,10 +33,10 @@ void check_options(const MoEOptions& options);
 
 /// What the router decided for N tokens.
 struct Routing {
-  Tensor logits;         // (N, E) f32
-  Tensor probabilities;  // (N, E) f32, rows sum to one
+  Tensor logits;         // (N, E) f32, or f64 for an x of f64; so are the next and the weights
+  Tensor probabilities;  // (N, E), rows sum to one
   Tensor indices;        // (N, k) i64
-  Tensor weights;        // (N, k) f32
+  Tensor weights;        // (N, k)
 };
 
 /// Parameter `weight` (E, hidden); buffer `e_score_correction_bias` (E) f32 when router_bias.
@@ -99,7 +99,8 @@ KNOCK_FUNC TopKRouter::TopKRouter(const MoEOptions& options) : options_(options)
 
 KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
   Routing out;
-  out.logits = linear(x.to(DType::f32), weight.to(DType::f32));
+  const DType precise = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  out.logits = linear(x.to(precise), weight.to(precise));
   const bool sigmoid_scores = options_.router == Router::sigmoid;
   const Tensor scores = sigmoid_scores ? sigmoid(out.logits) : softmax(out.logits, -1);
   out.probabilities = sigmoid_scores ? scores / (sum(scores, {-1}, true) + 1e-20) : scores;

@@ -1,0 +1,63 @@
+#pragma once
+// Reading tests/golden/nn.safetensors: the cases that tests/golden/nn.py computed with PyTorch in f64.
+#include <doctest/doctest.h>
+#include <knock/knock.hpp>
+#include <support/compare.hpp>
+
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace test {
+
+using namespace knock;
+
+inline const std::string golden_path = KNOCK_TEST_DATA "/nn.safetensors";
+
+inline const StateDict& golden() {
+  static const StateDict data = io::load_safetensors(golden_path);
+  return data;
+}
+
+/// Cases below a prefix, such as "moe/", with their options.
+inline std::vector<std::pair<std::string, nlohmann::json>> golden_cases(const std::string& prefix) {
+  std::vector<std::pair<std::string, nlohmann::json>> out;
+  for (const auto& [name, options] : io::safetensors_metadata(golden_path))
+    if (name.starts_with(prefix)) out.emplace_back(name, nlohmann::json::parse(options));
+  REQUIRE(out.size() >= 2);
+  return out;
+}
+
+/// The tensors CASE/GROUP/NAME by NAME.
+inline StateDict golden_group(const std::string& at, const std::string& group) {
+  StateDict out;
+  const std::string prefix = at + "/" + group + "/";
+  for (const auto& [name, tensor] : golden())
+    if (name.starts_with(prefix)) out.insert(name.substr(prefix.size()), tensor);
+  return out;
+}
+
+/// What a module's gradients are in the names of its state dict: a copy of the module whose values are the gradients.
+template <class Module>
+StateDict gradients_by_name(Module& module) {
+  const NoGradGuard no_grad;
+  for (const auto& [name, parameter] : module.named_parameters()) {
+    const Tensor gradient = parameter.grad().defined() ? parameter.grad().clone() : zeros_like(parameter);
+    Tensor(parameter).copy_(gradient);
+  }
+  return module.state_dict();
+}
+
+/// Every golden gradient against the module's.
+template <class Module>
+void check_gradients(Module& module, const StateDict& expected, double tolerance) {
+  const StateDict actual = gradients_by_name(module);
+  REQUIRE(expected.size() > 0);
+  for (const auto& [name, gradient] : expected) {
+    INFO("gradient of ", name);
+    CHECK(distance(actual.at(name), gradient) <= tolerance);
+  }
+}
+
+}  // namespace test
