@@ -21,16 +21,20 @@ namespace knock {
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 
-/// The same, one expert after the other in other ops: what moe_experts means, and its oracle.
-Tensor moe_experts_composite(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate,
-                             const Tensor& up, const Tensor& down);
-
 /// How many slots go to each expert: indices (N, k) -> (E) i64.
 Tensor expert_load(const Tensor& indices, int64_t experts);
+
+/// The same function, one expert after the other in other ops: documentation, oracle, and what create_graph
+/// differentiates.
+namespace composite {
+Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
+                   const Tensor& down);
+}  // namespace composite
 
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MOE)
+#include <knock/autograd/twin.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
@@ -78,12 +82,15 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
   using autograd::Saved;
   return autograd::record(
       "moe_experts", out, {x_in, weights, gate, up, down},
-      [x = Saved(x), s = Saved(s), w_gate = Saved(w_gate), w_up = Saved(w_up), w_down = Saved(w_down), order, offsets,
-       hidden](const autograd::Upstream& up_grad) -> Tensors {
-        up_grad.no_double_backward("use moe_experts_composite");
-        const Tensor dy = up_grad.dy().contiguous();
+      [x = Saved(x), s = Saved(s), w_gate = Saved(w_gate), w_up = Saved(w_up), w_down = Saved(w_down),
+       indices = Saved(indices), order, offsets, hidden](const autograd::Upstream& up_grad) -> Tensors {
         const Tensor x_now = x.get(up_grad), s_now = s.get(up_grad), gate_now = w_gate.get(up_grad),
                      up_now = w_up.get(up_grad), down_now = w_down.get(up_grad);
+        if (autograd::is_recording())
+          return autograd::twin_gradients(up_grad, {x_now, s_now, gate_now, up_now, down_now}, [&](const Tensors& in) {
+            return composite::moe_experts(in[0], indices.get(up_grad), in[1], in[2], in[3], in[4]);
+          });
+        const Tensor dy = up_grad.dy().contiguous();
         Tensors grads = {empty_like(x_now), empty_like(s_now), empty_like(gate_now), empty_like(up_now),
                          empty_like(down_now)};
         kernel(&Backend::moe_backward, "moe_experts", x_now)(
@@ -95,8 +102,13 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
       });
 }
 
-KNOCK_FUNC Tensor moe_experts_composite(const Tensor& x, const Tensor& indices, const Tensor& weights,
-                                        const Tensor& gate, const Tensor& up, const Tensor& down) {
+KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
+  return bincount(indices.reshape({-1}), experts);
+}
+
+namespace composite {
+KNOCK_FUNC Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate,
+                              const Tensor& up, const Tensor& down) {
   detail::check_moe(x, indices, weights, gate, up, down);
   const int64_t k = indices.size(1);
   const Tensor flat = indices.reshape({-1}), slot_weights = weights.reshape({-1});
@@ -105,16 +117,13 @@ KNOCK_FUNC Tensor moe_experts_composite(const Tensor& x, const Tensor& indices, 
     const Tensor slots = nonzero(flat == e).reshape({-1});
     const Tensor tokens = floor_divide(slots, k);
     const Tensor rows = index_select(x, 0, tokens);
-    const Tensor activation = swiglu(linear(rows, gate[e]), linear(rows, up[e]));
+    const Tensor activation = knock::swiglu(linear(rows, gate[e]), linear(rows, up[e]));
     const Tensor scaled = linear(activation, down[e]) * index_select(slot_weights, 0, slots).unsqueeze(1);
     out = index_add(out, 0, tokens, scaled);
   }
   return out;
 }
-
-KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
-  return bincount(indices.reshape({-1}), experts);
-}
+}  // namespace composite
 
 }  // namespace knock
 #endif
