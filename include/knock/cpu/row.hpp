@@ -7,6 +7,9 @@
 #include <knock/core/backend.hpp>
 #include <knock/core/parallel.hpp>
 
+#include <algorithm>
+#include <array>
+#include <limits>
 #include <vector>
 
 namespace knock::cpu {
@@ -68,6 +71,13 @@ class Rows {
     for (int64_t i = 0; i < length_; ++i) buffer[i] = static_cast<C>(from[i * step_]);
     return buffer;
   }
+  /// The row as it is stored when that is how it is used, otherwise `loaded`.
+  const C* in_place(int64_t row, const C* loaded) const {
+    if constexpr (std::is_same_v<T, C>) {
+      if (step_ == 1) return stored(row);
+    }
+    return loaded;
+  }
   /// Where to write a row's elements: in place, or `buffer`. `store` then brings them home.
   C* target(int64_t row, C* buffer) const {
     if constexpr (std::is_same_v<T, C>) {
@@ -80,6 +90,34 @@ class Rows {
     T* to = stored(row);
     for (int64_t i = 0; i < length_; ++i) to[i * step_] = static_cast<T>(written[i]);
   }
+
+  /// Rows first to first + count, copied to `buffer` at distances of group_pitch. Strided rows are read side by side,
+  /// so that neighbours in memory share their cache lines.
+  void load_group(int64_t first, int64_t count, C* buffer) const {
+    const int64_t pitch = group_pitch();
+    if (step_ == 1) {
+      for (int64_t r = 0; r < count; ++r) load(first + r, buffer + r * pitch);
+      return;
+    }
+    const T* from[max_group];
+    for (int64_t r = 0; r < count; ++r) from[r] = stored(first + r);
+    for (int64_t i = 0; i < length_; ++i)
+      for (int64_t r = 0; r < count; ++r) buffer[r * pitch + i] = static_cast<C>(from[r][i * step_]);
+  }
+  void store_group(int64_t first, int64_t count, const C* written) const {
+    const int64_t pitch = group_pitch();
+    if (step_ == 1) {
+      for (int64_t r = 0; r < count; ++r) store(first + r, written + r * pitch);
+      return;
+    }
+    T* to[max_group];
+    for (int64_t r = 0; r < count; ++r) to[r] = stored(first + r);
+    for (int64_t i = 0; i < length_; ++i)
+      for (int64_t r = 0; r < count; ++r) to[r][i * step_] = static_cast<T>(written[r * pitch + i]);
+  }
+  static constexpr int64_t max_group = 16;
+  /// A little more than a row: rows a power of two apart would fall into the same cache sets.
+  int64_t group_pitch() const { return length_ + 16; }
 
  private:
   int64_t offset(int64_t row) const {
@@ -98,23 +136,63 @@ class Rows {
   int64_t count_ = 1, length_ = 1, step_ = 1;
 };
 
-/// Partial results of a row sum: element i goes to partial i % 32. Vectorises on every machine, and adds in the same
-/// order on all of them.
+/// Calls `body(inputs, output)` with contiguous rows of the compute type, for every row of the arrays, which have one
+/// shape. Rows that are not stored so pass through a buffer, several at a time.
+template <class T, std::size_t K, class Body>
+void map_rows(const std::array<Rows<T>, K>& in, const Rows<T>& out, Body&& body) {
+  using C = compute_t<T>;
+  const int64_t n = out.length();
+  bool direct = out.direct();
+  for (const Rows<T>& rows : in) direct = direct && rows.direct();
+  const int64_t group = direct ? 1 : std::clamp<int64_t>(65536 / std::max<int64_t>(n, 1), 1, Rows<T>::max_group);
+  const int64_t pitch = direct ? 0 : out.group_pitch(), width = group * pitch;  // of the buffer of one array
+  parallel_for(out.count(), std::max(rows_per_task(n), group), [&](int64_t begin, int64_t end) {
+    C* const buffer = row_scratch<C>(static_cast<int64_t>(K + 1) * width);
+    C* const out_buffer = buffer + static_cast<int64_t>(K) * width;
+    for (int64_t first = begin; first < end; first += group) {
+      const int64_t count = std::min(group, end - first);
+      for (std::size_t k = 0; k < K; ++k)
+        if (!in[k].direct()) in[k].load_group(first, count, buffer + static_cast<int64_t>(k) * width);
+      for (int64_t r = 0; r < count; ++r) {
+        std::array<const C*, K> from;
+        for (std::size_t k = 0; k < K; ++k)
+          from[k] = in[k].in_place(first + r, buffer + static_cast<int64_t>(k) * width + r * pitch);
+        body(from, out.target(first + r, out_buffer + r * pitch));
+      }
+      if (!out.direct()) out.store_group(first, count, out_buffer);
+    }
+  });
+}
+
+/// Partial results of a sum or maximum: element i goes to lane i % 32. Vectorises on every machine, and combines in the
+/// same order on all of them.
 inline constexpr int64_t row_lanes = 32;
 
-/// sum of term(i) for i in [0, n)
+/// sum of term(i) for i in [begin, end)
 template <class C, class Term>
-C row_sum(int64_t n, Term&& term) {
+C block_sum(int64_t begin, int64_t end, Term& term) {
   C lanes[row_lanes] = {};
-  int64_t i = 0;
-  for (; i + row_lanes <= n; i += row_lanes) {
+  int64_t i = begin;
+  for (; i + row_lanes <= end; i += row_lanes) {
     KNOCK_SIMD
     for (int64_t l = 0; l < row_lanes; ++l) lanes[l] += term(i + l);
   }
-  for (int64_t l = 0; i < n; ++i, ++l) lanes[l] += term(i);
+  for (int64_t l = 0; i < end; ++i, ++l) lanes[l] += term(i);
   for (int64_t width = row_lanes / 2; width > 0; width /= 2)
     for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
   return lanes[0];
+}
+
+/// sum of term(i) for i in [0, n), which is called once for each i. Blocks of 2048 terms are summed in C and the blocks
+/// in f64, so that long sums keep their accuracy.
+template <class C, class Term>
+C row_sum(int64_t n, Term&& term) {
+  constexpr int64_t block = 2048;
+  if (n <= block) return block_sum<C>(0, n, term);
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += block)
+    sum += static_cast<double>(block_sum<C>(begin, std::min(n, begin + block), term));
+  return static_cast<C>(sum);
 }
 
 /// The largest element that is not NaN, -inf without any.

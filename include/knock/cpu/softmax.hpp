@@ -55,16 +55,8 @@ KNOCK_FUNC void softmax(bool logarithm, const Array& x, const Array& out) {
   dispatch_float(x.dtype, "softmax", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
     const Rows<T> in(x), to(out);
-    const int64_t n = in.length();
-    parallel_for(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
-      C* const in_buffer = row_scratch<C>(in.buffer_size() + to.buffer_size());
-      C* const out_buffer = in_buffer + in.buffer_size();
-      for (int64_t row = begin; row < end; ++row) {
-        const C* const from = in.load(row, in_buffer);
-        C* const y = to.target(row, out_buffer);
-        logarithm ? detail::log_softmax_row(from, y, n) : detail::softmax_row(from, y, n);
-        to.store(row, y);
-      }
+    map_rows<T, 1>({in}, to, [&](const std::array<const C*, 1>& row, C* y) {
+      logarithm ? detail::log_softmax_row(row[0], y, in.length()) : detail::softmax_row(row[0], y, in.length());
     });
   });
 }
@@ -74,18 +66,9 @@ KNOCK_FUNC void softmax_backward(bool logarithm, const Array& y, const Array& dy
     using C = compute_t<T>;
     const Rows<T> value(y), upstream(dy), to(out_dx);
     const int64_t n = value.length();
-    parallel_for(value.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
-      C* const y_buffer = row_scratch<C>(value.buffer_size() + upstream.buffer_size() + to.buffer_size());
-      C* const dy_buffer = y_buffer + value.buffer_size();
-      C* const dx_buffer = dy_buffer + upstream.buffer_size();
-      for (int64_t row = begin; row < end; ++row) {
-        const C* const y_row = value.load(row, y_buffer);
-        const C* const dy_row = upstream.load(row, dy_buffer);
-        C* const dx = to.target(row, dx_buffer);
-        logarithm ? detail::log_softmax_backward_row(y_row, dy_row, dx, n)
-                  : detail::softmax_backward_row(y_row, dy_row, dx, n);
-        to.store(row, dx);
-      }
+    map_rows<T, 2>({value, upstream}, to, [&](const std::array<const C*, 2>& row, C* dx) {
+      logarithm ? detail::log_softmax_backward_row(row[0], row[1], dx, n)
+                : detail::softmax_backward_row(row[0], row[1], dx, n);
     });
   });
 }

@@ -81,7 +81,7 @@ KNOCK_FUNC double Schedule::factor(int64_t step) const {
   if (kind_ == ScheduleKind::constant) return 1;
   const double length = kind_ == ScheduleKind::wsd ? decay_ : total_ - warmup_;
   const double passed = now - (total_ - length);
-  if (passed <= 0) return 1;
+  if (passed <= 0 || length == 0) return 1;
   const double t = std::min(passed / length, 1.0);
   double height = 1 - t;
   if (kind_ == ScheduleKind::cosine) height = (1 + std::cos(std::numbers::pi * t)) / 2;
