@@ -254,15 +254,17 @@ KNOCK_FUNC MoeLm::MoeLm(const MoeLmConfig& config)
   init_weights();
 }
 
-// Normal with deviation 0.02 (GPT-2's), divided by sqrt(2 * layers) for what is added to the residual stream. Norms and
-// knocks keep their own start.
+// Normal with deviation 0.02 (GPT-2's), divided by sqrt(2 * layers) for what is added to the residual stream, and
+// 1 / sqrt(hidden) for the embedding, so that tied logits start with deviation 1. Norms and knocks keep their own start.
 KNOCK_FUNC void MoeLm::init_weights() {
   const NoGradGuard no_grad;
   const double residual = 1 / std::sqrt(2 * static_cast<double>(config_.layers));
   for (auto& [name, tensor] : named_parameters()) {
     if (tensor.rank() < 2 || name.find("knock_") != std::string::npos) continue;
-    const bool into_residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
-    Tensor(tensor).copy_(nn::init::normal(tensor.shape(), into_residual ? 0.02 * residual : 0.02));
+    double deviation = 0.02;
+    if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) deviation *= residual;
+    if (name.ends_with("embed_tokens.weight")) deviation = 1 / std::sqrt(static_cast<double>(config_.hidden));
+    Tensor(tensor).copy_(nn::init::normal(tensor.shape(), deviation));
   }
 }
 
