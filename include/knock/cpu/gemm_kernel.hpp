@@ -34,11 +34,18 @@ template <class T>
 using MicroKernel = void (*)(int64_t k, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
                              const MicroOutput<T>& to);
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows.
+/// Dot products of r rows of a with 4 columns of b, both contiguous along k: sums[i * 4 + j] = sum_p a(i, p) b(p, j),
+/// where a(i, p) is a[i * a_row + p] and b(p, j) is b[j * b_col + p]. For products with few rows, where packing b would
+/// cost more than the product.
+template <class T>
+using DotKernel = void (*)(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_col, T* sums);
+
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, `dot[r - 1]` r rows of 4 columns.
 template <class T>
 struct MicroKernels {
   int64_t rows, cols;
   MicroKernel<T> run[14];
+  DotKernel<T> dot[4];
 };
 
 /// The micro-kernels of the instruction set in use.
@@ -78,6 +85,10 @@ struct VectorOf {
                    const MicroOutput<T>& to) {                                                                         \
     using Vector = VectorOf<T, bytes>;                                                                                 \
     constexpr int lanes = Vector::lanes;                                                                               \
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                      \
+      __builtin_prefetch(to.out + i * to.out_stride, 1);                                                               \
+      __builtin_prefetch(to.out + i * to.out_stride + lanes, 1);                                                       \
+    }                                                                                                                  \
     typename Vector::Type acc[rows][2] = {};                                                                           \
     for (int64_t p = 0; p < k; ++p) {                                                                                  \
       const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);                        \
@@ -101,22 +112,56 @@ struct VectorOf {
     }                                                                                                                  \
   }
 
+#define KNOCK_DOT_KERNEL(name, target, bytes)                                                                         \
+  template <class T, int rows>                                                                                        \
+  target void name(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_col, T* sums) {                        \
+    using Vector = VectorOf<T, bytes>;                                                                                \
+    constexpr int lanes = Vector::lanes;                                                                              \
+    typename Vector::Type acc[rows][4] = {};                                                                          \
+    int64_t p = 0;                                                                                                    \
+    for (; p + lanes <= k; p += lanes) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {                                     \
+        const typename Vector::Type column = *reinterpret_cast<const typename Vector::Unaligned*>(b + j * b_col + p); \
+        KNOCK_UNROLL for (int i = 0; i < rows; ++i) acc[i][j] +=                                                      \
+            *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p) * column;                         \
+      }                                                                                                               \
+    for (int i = 0; i < rows; ++i)                                                                                    \
+      for (int j = 0; j < 4; ++j) {                                                                                   \
+        T sum = 0;                                                                                                    \
+        for (int64_t q = p; q < k; ++q) sum += a[i * a_row + q] * b[j * b_col + q];                                   \
+        for (int lane = 0; lane < lanes; ++lane) sum += acc[i][j][lane];                                              \
+        sums[i * 4 + j] = sum;                                                                                        \
+      }                                                                                                               \
+  }
+
 KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16)
+KNOCK_DOT_KERNEL(dot_portable, KNOCK_TARGET_PORTABLE, 16)
 #if KNOCK_X86
 KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32)
+KNOCK_DOT_KERNEL(dot_avx2, KNOCK_TARGET_AVX2, 32)
 KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64)
+KNOCK_DOT_KERNEL(dot_avx512, KNOCK_TARGET_AVX512, 64)
 #endif
 #undef KNOCK_MICRO_KERNEL
+#undef KNOCK_DOT_KERNEL
 #undef KNOCK_UNROLL
 
 template <class T, int... i>
 const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
   constexpr int bytes = static_cast<int>(sizeof(T));
   static constexpr MicroKernels<T> portable{
-      4, 32 / bytes, {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...}};
+      4,
+      32 / bytes,
+      {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...},
+      {dot_portable<T, 1>, dot_portable<T, 2>, dot_portable<T, 3>, dot_portable<T, 4>}};
 #if KNOCK_X86
-  static constexpr MicroKernels<T> avx2{6, 64 / bytes, {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...}};
-  static constexpr MicroKernels<T> avx512{14, 128 / bytes, {micro_avx512<T, i + 1>...}};
+  static constexpr MicroKernels<T> avx2{6,
+                                        64 / bytes,
+                                        {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...},
+                                        {dot_avx2<T, 1>, dot_avx2<T, 2>, dot_avx2<T, 3>, dot_avx2<T, 4>}};
+  static constexpr MicroKernels<T> avx512{14,
+                                          128 / bytes,
+                                          {micro_avx512<T, i + 1>...},
+                                          {dot_avx512<T, 1>, dot_avx512<T, 2>, dot_avx512<T, 3>, dot_avx512<T, 4>}};
   if (isa == Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif

@@ -59,14 +59,14 @@ Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed);
 
 /// out = alpha a b + beta c on this thread, with columns [col, col + n) of a packed b; col is a multiple of the panel
 /// width.
-template <class T, class C>
+template <class T, class C, class Out>
 void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
-                     Matrix<const T> c, Matrix<T> out);
+                     std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out);
 
-/// out (m, n) = alpha a b + beta c on this thread; packs what must be packed.
-template <class T, class C>
-void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta, Matrix<const T> c,
-              Matrix<T> out);
+/// out (m, n) = alpha a b + beta c on this thread; packs what must be packed. Out may be T or C.
+template <class T, class C, class Out>
+void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
+              std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out);
 
 /// Scratch memory of this thread, 64-byte aligned; `slot` tells apart what is in use at the same time. It lasts until
 /// the next call with the slot.
@@ -92,73 +92,88 @@ C* thread_scratch(Slot slot, int64_t count) {
 
 namespace detail {
 
+/// Four rows of four elements, from and to, transposed on the way.
+template <class T, class C>
+void transpose_4x4(const T* from, int64_t from_stride, C* to, int64_t to_stride) {
+  typedef C Four __attribute__((vector_size(4 * sizeof(C))));
+  typedef C FourAnywhere __attribute__((vector_size(4 * sizeof(C)), aligned(alignof(C)), may_alias));
+  Four row[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    const T* at = from + i * from_stride;
+    if constexpr (std::is_same_v<T, C>) {
+      row[i] = *reinterpret_cast<const FourAnywhere*>(at);
+    } else {
+      row[i] = Four{static_cast<C>(at[0]), static_cast<C>(at[1]), static_cast<C>(at[2]), static_cast<C>(at[3])};
+    }
+  }
+  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
+             low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
+             high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
+             high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  *reinterpret_cast<FourAnywhere*>(to) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  *reinterpret_cast<FourAnywhere*>(to + to_stride) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  *reinterpret_cast<FourAnywhere*>(to + 2 * to_stride) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  *reinterpret_cast<FourAnywhere*>(to + 3 * to_stride) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+}
+
+/// to (rows, width) = from (rows, n), with zeros from column n on.
+template <class T, class C>
+void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t n, int64_t width, C* to) {
+  for (int64_t i = 0; i < rows; ++i, from += stride, to += width) {
+    KNOCK_SIMD
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<C>(from[j]);
+    for (int64_t j = n; j < width; ++j) to[j] = 0;
+  }
+}
+
 /// to[p * width + j] = b(p, j) for j < n, and 0 up to width.
 template <class T, class C>
 void pack_panel(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, C* to) {
-  if (b.col_stride == 1) {
-    for (int64_t p = 0; p < depth; ++p) {
-      const T* row = b.data + p * b.row_stride;
-      C* line = to + p * width;
-      KNOCK_SIMD
-      for (int64_t j = 0; j < n; ++j) line[j] = static_cast<C>(row[j]);
-      for (int64_t j = n; j < width; ++j) line[j] = 0;
-    }
-    return;
-  }
-  // Transposed in small squares, which both caches and registers like.
-  constexpr int64_t square = 8;
-  int64_t j = 0;
-  for (; j + square <= n; j += square) {
-    int64_t p = 0;
-    for (; b.row_stride == 1 && p + square <= depth; p += square) {
-      C block[square][square];
-      for (int64_t r = 0; r < square; ++r)
-        for (int64_t s = 0; s < square; ++s) block[s][r] = static_cast<C>(b.data[p + s + (j + r) * b.col_stride]);
-      for (int64_t s = 0; s < square; ++s)
-        for (int64_t r = 0; r < square; ++r) to[(p + s) * width + j + r] = block[s][r];
-    }
-    for (; p < depth; ++p)
-      for (int64_t r = 0; r < square; ++r) to[p * width + j + r] = static_cast<C>(b(p, j + r));
-  }
-  for (; j < width; ++j)
-    for (int64_t p = 0; p < depth; ++p) to[p * width + j] = j < n ? static_cast<C>(b(p, j)) : C(0);
+  if (b.col_stride == 1) return copy_rows(b.data, b.row_stride, depth, n, width, to);
+  const int64_t square_depth = b.row_stride == 1 ? depth / 4 * 4 : 0, square_cols = n / 4 * 4;
+  for (int64_t p = 0; p < square_depth; p += 16)  // a cache line of every column of b at a time
+    for (int64_t j = 0; j < square_cols; j += 4)
+      for (int64_t q = p; q < std::min(p + 16, square_depth); q += 4)
+        transpose_4x4(b.data + q + j * b.col_stride, b.col_stride, to + q * width + j, width);
+  for (int64_t p = 0; p < depth; ++p)
+    for (int64_t j = p < square_depth ? square_cols : 0; j < width; ++j)
+      to[p * width + j] = j < n ? static_cast<C>(b(p, j)) : C(0);
 }
 
 /// Row tiles are split into strips of nearly equal height, at most `rows`: strip s starts here.
 inline int64_t strip_start(int64_t m, int64_t strips, int64_t s) { return m * s / strips; }
 
-/// A tile of a as the micro-kernel reads it.
+/// A tile of a as the micro-kernel reads it: element (i, p) is data[i * row_stride + p * step].
 template <class C>
 struct Left {
   const C* data;
   int64_t row_stride, step;
-  bool strips;  ///< packed strip by strip: strip rows are neighbours
-
-  const C* strip(int64_t start, int64_t depth) const { return data + start * (strips ? depth : row_stride); }
 };
 
-/// a's rows [0, m) and columns [0, depth): in place when rows are contiguous elements of C, otherwise packed.
+/// a's rows [0, m) and columns [0, depth): in place where its lines are contiguous elements of C that lie well in the
+/// caches, otherwise copied line by line.
 template <class T, class C>
-Left<C> left_tile(Matrix<const T> a, int64_t m, int64_t depth, int64_t strips) {
-  const bool contiguous_rows = a.col_stride == 1 || depth == 1;
+Left<C> left_tile(Matrix<const T> a, int64_t m, int64_t depth) {
+  constexpr int64_t page = 4096 / static_cast<int64_t>(sizeof(C));
+  const bool by_row = a.col_stride == 1 || depth == 1, by_column = a.row_stride == 1;
   if constexpr (std::is_same_v<T, C>) {
-    const bool collide = a.row_stride * static_cast<int64_t>(sizeof(C)) % 4096 == 0;  // rows share their places in L1
-    if (contiguous_rows && !(collide && m > 4)) return {a.data, a.row_stride, 1, false};
+    const bool collide = a.row_stride % page == 0;  // all rows at one place of the L1 cache
+    if (by_row && (!collide || m <= 4)) return {a.data, a.row_stride, 1};
+    if (by_column && a.col_stride <= page / 4) return {a.data, 1, a.col_stride};
   }
-  C* to = thread_scratch<C>(Slot::left, m * (depth + 16));
-  if (contiguous_rows) {
-    for (int64_t i = 0; i < m; ++i) {
-      const T* row = a.data + i * a.row_stride;
-      KNOCK_SIMD
-      for (int64_t p = 0; p < depth; ++p) to[i * (depth + 16) + p] = static_cast<C>(row[p]);
-    }
-    return {to, depth + 16, 1, false};
+  C* to = thread_scratch<C>(Slot::left, (m + 16) * (depth + 16));
+  if (by_column && !by_row) {
+    copy_rows(a.data, a.col_stride, depth, m, m, to);
+    return {to, 1, m};
   }
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t start = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - start;
-    pack_panel(a.block(start, 0).t(), depth, rows, rows, to + start * depth);
+  const int64_t width = depth + 16;
+  if (by_row) {
+    copy_rows(a.data, a.row_stride, m, depth, width, to);
+  } else {
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t p = 0; p < depth; ++p) to[i * width + p] = static_cast<C>(a(i, p));
   }
-  return {to, 1, 0, true};
+  return {to, width, 1};
 }
 
 /// One tile of one block of K: every strip of a with every panel of b.
@@ -174,14 +189,14 @@ void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<C>& a, int64
       MicroOutput<C> part = to;
       part.out += start * to.out_stride + col;
       if (to.beta != 0) part.addend += start * to.addend_stride + col;
-      const C* strip = a.strip(start, depth);
-      const int64_t a_row = a.row_stride, a_step = a.strips ? rows : a.step;
+      const C* strip = a.data + start * a.row_stride;
       if (cols == kernels.cols) {
-        kernels.run[rows - 1](depth, strip, a_row, a_step, panel, b_step, part);
+        kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step, part);
         continue;
       }
       C* edge = thread_scratch<C>(Slot::edge, rows * kernels.cols);
-      kernels.run[rows - 1](depth, strip, a_row, a_step, panel, b_step, {edge, kernels.cols, nullptr, 0, to.alpha, 0});
+      kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step,
+                            {edge, kernels.cols, nullptr, 0, to.alpha, 0});
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
           C value = edge[i * kernels.cols + j];
@@ -221,18 +236,18 @@ struct Right {
   const C* data;
   int64_t panel_stride, step;
 };
-template <class T, class C, class RightOf>
+template <class T, class C, class Out, class RightOf>
 void multiply_blocks(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, RightOf right, C beta,
-                     Matrix<const T> c, Matrix<T> out) {
+                     Matrix<const Out> c, Matrix<Out> out) {
   if (m == 0 || n == 0) return;
   const int64_t rows = micro_kernels<C>().rows, strips = (m + rows - 1) / rows;
-  with_output<T, C>(
+  with_output<Out, C>(
       m, n, beta, c, out, [&](C factor, const C* addend, int64_t addend_stride, C* to, int64_t to_stride) {
         if (k == 0)
           return scale_addend(m, n, factor, Matrix<const C>{addend, addend_stride, 1}, Matrix<C>{to, to_stride, 1});
         for (int64_t p = 0; p < k; p += k_block) {
           const int64_t depth = std::min(k_block, k - p);
-          const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth, strips);
+          const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth);
           const Right<C> b = right(p, depth);
           const MicroOutput<C> first{to, to_stride, addend, addend_stride, alpha, factor},
               next{to, to_stride, to, to_stride, alpha, 1};
@@ -258,11 +273,11 @@ Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed) {
   return {packed, cols};
 }
 
-template <class T, class C>
+template <class T, class C, class Out>
 void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
-                     Matrix<const T> c, Matrix<T> out) {
+                     std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
   const int64_t width = micro_kernels<C>().cols;
-  detail::multiply_blocks(
+  detail::multiply_blocks<T, C, Out>(
       m, n, k, alpha, a,
       [&](int64_t p, int64_t depth) -> detail::Right<C> {
         return {b.panel(p, depth, col), depth, width};
@@ -270,22 +285,22 @@ void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a
       beta, c, out);
 }
 
-template <class T, class C>
-void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta, Matrix<const T> c,
-              Matrix<T> out) {
+template <class T, class C, class Out>
+void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
+              std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
   const MicroKernels<C>& kernels = micro_kernels<C>();
   const int64_t cols = padded_cols<C>(n);
   if constexpr (std::is_same_v<T, C>) {
     const bool used_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
     if (b.col_stride == 1 && n == cols && used_once)
-      return detail::multiply_blocks(
+      return detail::multiply_blocks<T, C, Out>(
           m, n, k, alpha, a,
           [&](int64_t p, int64_t) -> detail::Right<C> {
             return {b.data + p * b.row_stride, 1, b.row_stride};
           },
           beta, c, out);
   }
-  detail::multiply_blocks(
+  detail::multiply_blocks<T, C, Out>(
       m, n, k, alpha, a,
       [&](int64_t p, int64_t depth) -> detail::Right<C> {
         C* packed = thread_scratch<C>(Slot::right, depth * cols);
