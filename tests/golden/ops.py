@@ -12,6 +12,7 @@ and `g0 ...` (gradients of the inputs), and its arguments `key=value;key=value` 
   Outputs and gradients are F64.
 * I32 inputs are integer data (tested as i32, i64 and, where the op takes it, u8), I64 ones are indices, U8 ones masks.
   An output stored as I32 has the dtype of the data.
+  `signed=1`: some are negative, so not for u8.
 * A missing xN is an input left undefined. A case without dy0 has no gradient test: the op has no gradient there or the inputs
   are not finite. `kink=1` marks gradients at ties and zeros, which finite differences cannot confirm.
 """
@@ -83,6 +84,16 @@ def I(*shape, lo=0, hi=7):
     return Input(shape, lambda rng: torch.tensor(rng.integers(lo, hi, shape), dtype=torch.int32))
 
 
+def IV(values):
+    array = np.asarray(values, dtype=np.int32)
+    return Input(array.shape, lambda rng: torch.tensor(array))
+
+
+def IP(*shape):
+    """Distinct integer data."""
+    return Input(shape, lambda rng: torch.tensor(rng.permutation(math.prod(shape)).reshape(shape), dtype=torch.int32))
+
+
 def X(values, shape=None):
     """Indices."""
     array = np.asarray(values, dtype=np.int64)
@@ -142,10 +153,15 @@ def to_text(value):
 
 
 def op(name, function, *cases):
+    if family_cases is FAMILIES.get("view"):  # these take every dtype: the first case again, with integers
+        inputs, _, _, args = cases[0]
+        cases += ((tuple(I(*i.shape) for i in inputs), "integer", None, args),)
     for inputs, label, grad, args in cases:
         assert args.keys().isdisjoint({"name", "grad"})
         shapes = ",".join("x".join(map(str, i.shape)) or "scalar" if i else "none" for i in inputs)
         arguments = ";".join(f"{k}={to_text(v)}" for k, v in args.items())
+        if inputs[-1] is None:  # trailing inputs that are left out
+            arguments += f"{';' if arguments else ''}inputs={len(inputs)}"
         key = f"{name}/{' '.join(filter(None, [label, shapes, arguments.replace(';', ' ')]))}".replace("->", ">")
         same = sum(k.split(" #")[0] == key for k in family_cases)
         key += f" #{same + 1}" if same else ""
@@ -239,10 +255,11 @@ for _name, _f in {"abs": torch.abs, "sign": torch.sign, "relu": F.relu}.items():
     unary(_name, pointwise(_f), away=(0,))
 for _name, _f in {"sin": torch.sin, "cos": torch.cos}.items():
     unary(_name, pointwise(_f), special=ANGLES)
-for _name, _f in {"floor": torch.floor, "ceil": torch.ceil}.items():
+for _name, _f in {"floor": torch.floor, "ceil": torch.ceil, "trunc": torch.trunc}.items():
     unary(_name, pointwise(_f), away=range(-3, 4))
 unary("round", pointwise(torch.round), away=[k + 0.5 for k in range(-4, 4)], special=SPECIAL + [3.5, -3.5])
-for _name, _f in {"isnan": torch.isnan, "isfinite": torch.isfinite, "logical_not": torch.logical_not}.items():
+for _name, _f in {"isnan": torch.isnan, "isinf": torch.isinf, "isfinite": torch.isfinite,
+                  "logical_not": torch.logical_not}.items():
     unary(_name, pointwise(_f))
 unary("leaky_relu", lambda x, a: F.leaky_relu(x[0], a.get("slope", 0.01)), away=(0,), variants=({}, {"slope": 0.25}))
 unary("elu", lambda x, a: F.elu(x[0], a.get("alpha", 1.0)), away=(0,), variants=({}, {"alpha": 0.5}))
@@ -253,11 +270,11 @@ unary("softplus", lambda x, a: F.softplus(x[0], a.get("beta", 1.0), a.get("thres
 unary("clamp", lambda x, a: torch.clamp(x[0], a.get("min"), a.get("max")), away=(-1, 1.5),
       variants=({"min": -1.0, "max": 1.5}, {"min": -1.0}, {"max": 1.5}))
 op("clamp", lambda x, a: torch.clamp(x[0], a.get("min"), a.get("max")), case(I(3, 4), min=2, max=5))
-for _name, _f in {
-        "neg": torch.neg, "abs": torch.abs, "sign": torch.sign, "square": torch.square, "relu": F.relu,
-        "logical_not": torch.logical_not
-}.items():
-    op(_name, pointwise(_f), case(I(3, 4, lo=0 if _name == "logical_not" else -6), name="integer"))
+for _name in ("neg", "abs", "sign", "square", "relu", "logical_not", "floor", "ceil", "round", "trunc", "isnan", "isinf",
+              "isfinite"):
+    op(_name, pointwise(getattr(torch, _name)), case(I(3, 4), name="integer"))
+for _name in ("neg", "abs", "sign", "relu", "square"):
+    op(_name, pointwise(getattr(torch, _name)), case(I(3, 4, lo=-6), signed=1))
 
 # ---- binary --------------------------------------------------------------------------------------------------------
 
@@ -294,6 +311,7 @@ binary("div", two(torch.div), R, NOT_ZERO, True, False, *scalar_cases[:2])
 binary("pow", lambda x, a: torch.pow(x[0], x[1] if len(x) > 1 else a["exponent"]), P, R, True, False, *[
     case(R(3, 5, away=(0,), gap=0.3), exponent=e) for e in (2, 3, -1, 0, 1)
 ], *[case(P(3, 5), exponent=e) for e in (0.5, 2.5, -0.5)], case(R(), exponent=2), case(R(0), exponent=3),
+       case(I(3, 4, hi=5), exponent=3, name="integer"), case(I(3, 1, hi=4), I(4, hi=4), name="integer"),
        *[case(V(PAIR), exponent=e, name="special", grad=False) for e in (2, 3, -2, 0.5, 0, 2.5)])
 LOW, HIGH = (lambda *s: D(*s)), (lambda *s: D(*s, offset=0.0625))
 binary("maximum", two(torch.maximum), LOW, HIGH, True, True)
@@ -301,10 +319,17 @@ binary("minimum", two(torch.minimum), LOW, HIGH, True, True)
 for _name in ("maximum", "minimum"):
     op(_name, two(getattr(torch, _name)), case(V([1.0, 2.0, 3.0]), V([1.0, 3.0, 2.0]), kink=True, name="ties"))
 binary("atan2", two(torch.atan2), NOT_ZERO, NOT_ZERO)
-op("fmod", two(torch.fmod), case(V([5.25, -5.25, 7.0, -0.5]), V([2.0, 2.0, -3.0, 0.75])),
-   case(V([[4.5], [-7.25]]), V([2.0, -1.75, 3.0])), case(V(4.5), V(2.0)), case(R(0), NOT_ZERO(0)),
-   case(V([[v] for v in PAIR]), V(PAIR), name="special", grad=False), case(I(3, 1), I(4, lo=1), name="integer"),
-   case(V([5.25, -5.25, 7.0]), scalar=2.0))
+for _name in ("fmod", "remainder"):
+    op(_name, two(getattr(torch, _name)), case(V([5.25, -5.25, 7.0, -0.5]), V([2.0, 2.0, -3.0, 0.75])),
+       case(V([[4.5], [-7.25]]), V([2.0, -1.75, 3.0])), case(V(4.5), V(2.0)), case(R(0), NOT_ZERO(0)),
+       case(V([[v] for v in PAIR]), V(PAIR), name="special", grad=False), case(I(3, 1), I(4, lo=1), name="integer"),
+       case(V([5.25, -5.25, 7.0]), scalar=2.0))
+op("floor_divide", two(torch.floor_divide), case(R(3, 4, away=(0,)), NOT_ZERO(4), grad=False),
+   case(R(), NOT_ZERO(), grad=False), case(V([[v] for v in PAIR]), V(PAIR), name="special"),
+   case(I(3, 1), I(4, lo=1), name="integer"),
+   case(V([5.25, -5.25, 7.0]), scalar=2.0, grad=False))
+for _name in ("fmod", "remainder", "floor_divide"):
+    op(_name, two(getattr(torch, _name)), case(I(5, 1, lo=-6), IV([3, -3, 2, -1]), signed=1))
 for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     op(_name, two(getattr(torch, _name)), case(V([[v] for v in PAIR]), V(PAIR), name="special"), case(R(), R()),
        case(R(0), R(1)), case(R(2, 3, 19), R(3, 1)), case(I(3, 1), I(4), name="integer"), case(D(3, 4), scalar=0.5),
@@ -438,7 +463,7 @@ op("norm",
    case(NOT_ZERO(3, 4), p=3.0), case(R(0)), case(V([0.0, 0.0]), kink=True), *nan_cases)
 op("logsumexp", many(lambda x, dim, keepdim: torch.logsumexp(x,
                                                              tuple(range(x.dim())) if dim is None else dim, keepdim)),
-   *reductions(R, empty=False), case(R(0, 3), dims=0, grad=False), case(V([1000.0, 1000.5, -1000.0])), *nan_cases)
+   *reductions(R, empty=False), case(R(0, 3), dims=0, grad=False), case(V([1000.0, 1000.5, -1000.0]), grad=False), *nan_cases)
 
 
 def anyall(f):
@@ -497,12 +522,13 @@ op("argsort", lambda x, a: torch.argsort(x[0], dim=a["dim"], descending=a.get("d
    *sortable)
 op("topk", lambda x, a: tuple(torch.topk(x[0], a["k"], a["dim"], a.get("largest", True), True)),
    case(D(3, 5), k=2, dim=-1), case(D(3, 5), k=3, dim=0, largest=False), case(D(2, 6, 3), k=4, dim=1),
-   case(D(), k=1, dim=0), case(D(5), k=5, dim=0), case(D(5), k=0, dim=0), case(D(0, 4), k=2, dim=1),
+   case(D(), k=1, dim=0), case(D(5), k=5, dim=0), case(D(3, 7), k=7, dim=1, largest=False), case(D(5), k=0, dim=0),
+   case(D(0, 4), k=2, dim=1), case(IP(3, 4), k=2, dim=1, name="integer"),
    case(D(4, 64), k=8, dim=-1), case(D(3, 7), k=1, dim=-1),
    case(V([1.0, NAN, 3.0, INF]), k=2, dim=0, grad=False, name="special"),
    case(V([1.0, NAN, 3.0, -INF]), k=2, dim=0, largest=False, grad=False, name="special"))
-op("bincount", lambda x, a: torch.bincount(x[0], minlength=a.get("minlength", 0)), case(RX(17, hi=6)),
-   case(RX(5, hi=3), minlength=8), case(X([], (0,)), minlength=4), case(X([], (0,))), case(X([7])))
+op("bincount", lambda x, a: torch.bincount(x[0], minlength=a.get("minlength", 0)), case(I(17, hi=6)),
+   case(I(5, hi=3), minlength=8), case(I(0), minlength=4), case(I(0)), case(I(1)))
 
 # ---- matmul --------------------------------------------------------------------------------------------------------
 
@@ -522,7 +548,10 @@ op("addmm", lambda x, a: torch.addmm(*x, beta=a.get("beta", 1), alpha=a.get("alp
     R(3, 5), R(3, 4), R(4, 5)), case(R(5), R(3, 4), R(4, 5)), case(R(3, 1), R(3, 4), R(4, 5)),
    case(R(), R(3, 4), R(4, 5)), case(R(3, 5), R(3, 4), R(4, 5), beta=0.5, alpha=-2.0), case(R(3, 5), R(3, 0), R(0, 5)),
    case(R(1, 1), R(1, 1), R(1, 1)))
-op("outer", two(torch.outer), case(R(3), R(5)), case(R(1), R(1)), case(R(0), R(3)), case(R(19), R(7)))
+op("mv", two(torch.mv), case(R(3, 4), R(4)), case(R(1, 1), R(1)), case(R(0, 4), R(4)), case(R(3, 0), R(0)), case(R(17, 33), R(33)))
+op("dot", two(torch.dot), case(R(5), R(5)), case(R(1), R(1)), case(R(0), R(0)), case(R(70), R(70)))
+op("outer", two(torch.outer), case(R(3), R(5)), case(R(1), R(1)), case(R(0), R(3)), case(R(19), R(7)),
+   case(I(3), I(4), name="integer"))
 op("linear", lambda x, a: F.linear(*x), case(R(3, 4), R(5, 4), R(5)), case(R(3, 4), R(5, 4), None),
    case(R(4), R(5, 4), R(5)), case(R(2, 3, 4), R(5, 4), R(5)), case(R(2, 2, 3, 4), R(5, 4), None),
    case(R(0, 4), R(5, 4), R(5)), case(R(3, 0), R(5, 0), R(5)), case(R(1, 1), R(1, 1), R(1)),
@@ -543,8 +572,7 @@ op("einsum", lambda x, a: torch.einsum(a["equation"], *x), case(R(3, 4), R(4, 5)
 family("view")
 
 op("reshape", lambda x, a: x[0].reshape(a["shape"]), case(R(3, 4), shape=(2, 6)), case(R(3, 4), shape=(-1,)),
-   case(R(2, 3, 4), shape=(4, -1, 2)), case(R(), shape=(1, 1)), case(R(1), shape=()), case(R(0, 3), shape=(3, 0)),
-   case(I(3, 4), shape=(4, 3), name="integer"))
+   case(R(2, 3, 4), shape=(4, -1, 2)), case(R(), shape=(1, 1)), case(R(1), shape=()), case(R(0, 3), shape=(3, 0)))
 op("view", lambda x, a: x[0].view(a["shape"]), case(R(3, 4), shape=(2, 6)), case(R(2, 3, 4), shape=(6, -1)),
    case(R(0, 3), shape=(0,)), case(R(), shape=(1,)))
 op("flatten", lambda x, a: x[0].flatten(a.get("start", 0), a.get("end", -1)), case(R(2, 3, 4)), case(
@@ -552,8 +580,7 @@ op("flatten", lambda x, a: x[0].flatten(a.get("start", 0), a.get("end", -1)), ca
 op("unflatten", lambda x, a: x[0].unflatten(a["dim"], a["sizes"]), case(R(2, 12), dim=1, sizes=(3, 4)),
    case(R(12, 2), dim=-2, sizes=(2, -1, 3)), case(R(2, 5), dim=0, sizes=(1, 2)))
 op("permute", lambda x, a: x[0].permute(a["dims"]), case(R(2, 3, 4), dims=(2, 0, 1)),
-   case(R(2, 3, 4, 5), dims=(0, -1, 1, -2)), case(R(), dims=()), case(R(2, 0, 3), dims=(1, 2, 0)),
-   case(I(2, 3), dims=(1, 0), name="integer"))
+   case(R(2, 3, 4, 5), dims=(0, -1, 1, -2)), case(R(), dims=()), case(R(2, 0, 3), dims=(1, 2, 0)))
 op("transpose", lambda x, a: x[0].transpose(a["dim0"], a["dim1"]), case(R(3, 4), dim0=0, dim1=1),
    case(R(2, 3, 4), dim0=-1, dim1=0), case(R(2, 3), dim0=1, dim1=1), case(R(0, 3), dim0=0, dim1=1))
 op("t", lambda x, a: x[0].t(), case(R(3, 4)), case(R(1, 5)), case(R(0, 2)))
@@ -561,14 +588,13 @@ op("slice", lambda x, a: x[0][tuple([slice(None)] *
                                     (a["dim"] % x[0].dim()) + [slice(a["start"], a["end"], a.get("step", 1))])],
    case(R(5, 4), dim=0, start=1, end=4), case(R(5, 7), dim=-1, start=0, end=7, step=3),
    case(R(5), dim=0, start=-3, end=-1), case(R(5), dim=0, start=2, end=100), case(R(5, 2), dim=0, start=3, end=3),
-   case(R(2, 3, 9), dim=2, start=1, end=8, step=2), case(I(5), dim=0, start=1, end=3, name="integer"))
+   case(R(2, 3, 9), dim=2, start=1, end=8, step=2))
 op("narrow", lambda x, a: x[0].narrow(a["dim"], a["start"], a["length"]), case(R(5, 4), dim=0, start=1, length=3),
    case(R(2, 6), dim=-1, start=2, length=2), case(R(5), dim=0, start=5, length=0))
 op("select", lambda x, a: x[0].select(a["dim"], a["index"]), case(R(3, 4), dim=0, index=1),
-   case(R(2, 3, 4), dim=-1, index=-2), case(R(5), dim=0, index=0), case(I(3, 4), dim=1, index=2, name="integer"))
+   case(R(2, 3, 4), dim=-1, index=-2), case(R(5), dim=0, index=0))
 op("expand", lambda x, a: x[0].expand(a["shape"]), case(R(3, 1), shape=(3, 4)), case(R(1), shape=(5,)),
-   case(R(4), shape=(2, 3, 4)), case(R(), shape=(2, 2)), case(R(3, 1), shape=(2, -1, 5)), case(R(1, 3), shape=(0, 3)),
-   case(I(1, 2), shape=(3, 2), name="integer"))
+   case(R(4), shape=(2, 3, 4)), case(R(), shape=(2, 2)), case(R(3, 1), shape=(2, -1, 5)), case(R(1, 3), shape=(0, 3)))
 op("squeeze", lambda x, a: x[0].squeeze(a["dim"]) if "dim" in a else x[0].squeeze(), case(R(1, 3, 1)),
    case(R(1, 3, 1), dim=0), case(R(1, 3, 1), dim=-1), case(R(1, 3), dim=1), case(R()), case(R(1, 0)))
 op("unsqueeze", lambda x, a: x[0].unsqueeze(a["dim"]), case(R(3, 4), dim=0), case(R(3, 4), dim=-1), case(
@@ -576,16 +602,12 @@ op("unsqueeze", lambda x, a: x[0].unsqueeze(a["dim"]), case(R(3, 4), dim=0), cas
 op("diagonal", lambda x, a: torch.diagonal(x[0], a.get("offset", 0), a.get("dim1", 0), a.get("dim2", 1)), case(R(4, 4)),
    case(R(3, 5), offset=1), case(R(3, 5), offset=-2), case(R(2, 3, 4), dim1=-1, dim2=0),
    case(R(2, 3, 3), offset=1, dim1=1, dim2=2), case(R(3, 3), offset=5), case(R(0, 3)))
-op("contiguous", lambda x, a: x[0].contiguous(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)),
-   case(I(2, 3), name="integer"))
-op("clone", lambda x, a: x[0].clone(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)),
-   case(I(2, 3), name="integer"))
+op("contiguous", lambda x, a: x[0].contiguous(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)))
+op("clone", lambda x, a: x[0].clone(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)))
 op("cat", lambda x, a: torch.cat(x, a["dim"]), case(R(3, 4), R(2, 4), dim=0), case(R(3, 2), R(3, 1), R(3, 5), dim=-1),
-   case(R(2, 3, 4), R(2, 1, 4), dim=1), case(R(3), dim=0), case(R(0, 3), R(2, 3), dim=0), case(R(2, 0), R(2, 0), dim=0),
-   case(I(3), I(2), dim=0, name="integer"), case(R(5, 17), R(5, 3), dim=1))
+   case(R(2, 3, 4), R(2, 1, 4), dim=1), case(R(3), dim=0), case(R(0, 3), R(2, 3), dim=0), case(R(2, 0), R(2, 0), dim=0), case(R(5, 17), R(5, 3), dim=1))
 op("stack", lambda x, a: torch.stack(x, a["dim"]), case(R(3, 4), R(3, 4), dim=0), case(
-    R(3, 4), R(3, 4), R(3, 4), dim=-1), case(R(3, 4), R(3, 4), dim=1), case(R(), R(), dim=0), case(R(0), R(0), dim=1),
-   case(I(3), I(3), dim=0, name="integer"))
+    R(3, 4), R(3, 4), R(3, 4), dim=-1), case(R(3, 4), R(3, 4), dim=1), case(R(), R(), dim=0), case(R(0), R(0), dim=1))
 op("split", lambda x, a: torch.split(x[0], a["size"] if "size" in a else list(a["sizes"]), a["dim"]),
    case(R(7, 2), size=3, dim=0), case(R(2, 6), size=2, dim=-1), case(R(2, 6), sizes=(1, 3, 2), dim=1),
    case(R(4), size=9, dim=0), case(R(5), sizes=(2, 0, 3), dim=0))
@@ -594,25 +616,25 @@ op("chunk", lambda x, a: torch.chunk(x[0], a["chunks"], a["dim"]), case(R(7, 2),
 op("unbind", lambda x, a: torch.unbind(x[0], a["dim"]), case(R(3, 4), dim=0), case(R(2, 3, 4), dim=-1), case(
     R(3), dim=0), case(R(2, 0), dim=0))
 op("repeat", lambda x, a: x[0].repeat(a["repeats"]), case(R(3, 2), repeats=(2, 3)), case(R(3), repeats=(2, 1, 2)),
-   case(R(), repeats=(4,)), case(R(2, 3), repeats=(1, 1)), case(R(2, 3), repeats=(0, 2)), case(R(0, 2), repeats=(2, 2)),
-   case(I(3), repeats=(2,), name="integer"))
+   case(R(), repeats=(4,)), case(R(2, 3), repeats=(1, 1)), case(R(2, 3), repeats=(0, 2)), case(R(0, 2), repeats=(2, 2)))
 op("repeat_interleave", lambda x, a: torch.repeat_interleave(x[0], a["repeats"], a.get("dim")),
    case(R(3, 2), repeats=2, dim=0), case(R(2, 3, 4), repeats=3, dim=-2), case(R(3, 2), repeats=1, dim=1),
-   case(R(2, 3), repeats=2), case(R(0, 3), repeats=2, dim=0), case(I(3), repeats=2, dim=0, name="integer"))
+   case(R(2, 3), repeats=2), case(R(0, 3), repeats=2, dim=0))
 op("flip", lambda x, a: torch.flip(x[0], dims_of(a)), case(R(3, 4), dims=0), case(R(3, 4), dims=(0, 1)),
-   case(R(2, 3, 5), dims=(-1, 0)), case(R(1), dims=0), case(R(0, 3), dims=1), case(I(5), dims=0, name="integer"))
+   case(R(2, 3, 5), dims=(-1, 0)), case(R(1), dims=0), case(R(0, 3), dims=1))
 op("roll", lambda x, a: torch.roll(x[0], a["shifts"], a.get("dims")), case(R(3, 4), shifts=(1,), dims=(0,)),
    case(R(3, 4), shifts=(-1, 2), dims=(0, 1)), case(R(2, 3, 5), shifts=(7,), dims=(-1,)), case(R(3, 4), shifts=(5,)),
-   case(R(0, 3), shifts=(1,), dims=(0,)), case(I(5), shifts=(2,), dims=(0,), name="integer"))
+   case(R(0, 3), shifts=(1,), dims=(0,)))
 for _name in ("tril", "triu"):
     op(_name, lambda x, a, f=getattr(torch, _name): f(x[0], a.get("diagonal", 0)), case(R(4, 4)),
        case(R(3, 5), diagonal=1), case(R(5, 3), diagonal=-1), case(R(2, 3, 3)), case(R(1, 1), diagonal=-1), case(R(
-           0, 3)), case(R(2, 2, 4, 3), diagonal=2), case(I(3, 3), name="integer"),
+           0, 3)), case(R(2, 2, 4, 3), diagonal=2),
        case(V([[NAN, NAN], [NAN, NAN]]), grad=False, name="special"))
-op("pad", lambda x, a: F.pad(x[0], a["pads"], value=a.get("value", 0.0)), case(R(3, 4), pads=(1, 2)),
-   case(R(3, 4), pads=(1, 0, 2, 3)), case(R(3), pads=(2, 1), value=1.5), case(R(2, 3, 4), pads=(0, 0, 1, 1)),
-   case(R(3, 4), pads=(-1, 1)), case(R(3, 4), pads=(-1, -2, 0, -1)), case(R(0), pads=(1, 1)), case(
-       R(2, 2), pads=(0, 0)))
+op("pad", lambda x, a: F.pad(x[0], a["pads"], mode=a.get("mode", "constant"), value=a.get("value")),
+   case(R(3, 4), pads=(1, 2)), case(R(3, 4), pads=(1, 0, 2, 3)), case(R(3), pads=(2, 1), value=1.5),
+   case(R(2, 3, 4), pads=(0, 0, 1, 1)), case(R(3, 4), pads=(-1, 1)), case(R(3, 4), pads=(-1, -2, 0, -1)),
+   case(R(0), pads=(1, 1)), case(R(2, 2), pads=(0, 0)),
+   *[case(R(2, 3, 5), pads=(2, 1), mode=m) for m in ("reflect", "replicate", "circular")])
 
 # ---- index ---------------------------------------------------------------------------------------------------------
 
@@ -652,9 +674,11 @@ op("index_add", lambda x, a: torch.index_add(x[0], a["dim"], x[1], x[2], alpha=a
    case(R(9, 17), RX(40, hi=9), R(40, 17), dim=0))
 op("embedding", lambda x, a: F.embedding(x[0], x[1]), case(X([3, 0, 3, 1]), R(5, 4)),
    case(X([[0, 1, 1], [4, 4, 4]]), R(5, 3)), case(X(2), R(3, 4)), case(X([], (0,)), R(3, 4)),
-   case(RX(2, 3, 2, hi=7), R(7, 1)), case(RX(50, hi=11), R(11, 17)))
-op("one_hot", lambda x, a: F.one_hot(x[0], a.get("classes", -1)), case(X([0, 2, 1]), classes=4),
-   case(X([[1], [0]]), classes=2), case(X(2), classes=3), case(X([], (0,)), classes=3), case(X([3, 0, 1])))
+   case(RX(2, 3, 2, hi=7), R(7, 1)), case(RX(50, hi=11), R(11, 17)), case(X([3, 0, 3]), I(5, 4), name="integer"))
+op("one_hot", lambda x, a: F.one_hot(x[0].long(), a.get("classes", -1)), case(I(5, hi=4), classes=4),
+   case(I(2, 1, hi=2), classes=2), case(I(hi=3), classes=3), case(I(0), classes=3), case(I(3, 4, hi=5)))
+op("nonzero", lambda x, a: torch.nonzero(x[0]), case(M(3, 4)), case(V([[0.0, NAN, -0.0], [2.0, 0.0, -INF]])), case(R()),
+   case(R(0)), case(I(2, 3, 4, hi=2), name="integer"))
 op("masked_select", lambda x, a: torch.masked_select(x[0], x[1]), case(R(3, 4), M(3, 4)), case(R(2, 3, 5), M(3, 1)),
    case(R(), MV(True), name="one"), case(R(), MV(False), name="none"), case(R(0), M(0)), case(R(4), MV([0, 0, 0, 0])),
    case(I(3, 4), M(3, 4), name="integer"), case(R(4), M(2, 4)))
@@ -796,6 +820,22 @@ def attention(x, a):
     weights = torch.exp(scores - torch.where(top == -INF, 0.0, top))
     total = weights.sum(-1, keepdim=True)
     return (weights / torch.where(total == 0, 1.0, total)) @ v
+
+
+def moe_experts(x, a):
+    """out_n = sum_j s_nj down_e (silu(gate_e x_n) * up_e x_n), e = index_nj."""
+    t, index, weights, gate, up, down = x
+    gate, up, down = gate[index], up[index], down[index]  # (N, k, F, C), (N, k, F, C), (N, k, C, F)
+    hidden = F.silu(torch.einsum("nkfc,nc->nkf", gate, t)) * torch.einsum("nkfc,nc->nkf", up, t)
+    return torch.einsum("nkcf,nkf,nk->nc", down, hidden, weights)
+
+
+def experts(n, k, e, c, f):
+    return R(n, c), UX(n, k, dim=1, hi=e), R(n, k), R(e, f, c), R(e, f, c), R(e, c, f)
+
+
+op("moe_experts", moe_experts, case(*experts(7, 2, 4, 5, 3)), case(*experts(1, 1, 1, 1, 1)), case(*experts(3, 3, 3, 4, 6)),
+   case(*experts(0, 2, 3, 4, 3)), case(*experts(5, 1, 8, 3, 2)))
 
 
 def qkv(b, hq, hkv, tq, tk, d, dv=None):
