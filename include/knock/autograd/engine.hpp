@@ -40,7 +40,7 @@ class BackwardPass {
 
   /// Gradients that reach this edge are kept instead of going to a leaf's grad().
   void capture(const Edge& edge) {
-    captures_.push_back({edge.node.get(), edge.index, {}});
+    captures_.push_back({edge.node, edge.index, {}});
     captured_nodes_.insert(edge.node.get());
   }
   const Tensor& captured(std::size_t i) const { return captures_[i].gradient; }
@@ -68,7 +68,7 @@ class BackwardPass {
 
  private:
   struct Capture {
-    Node* node;
+    std::shared_ptr<Node> node;  // owned: nothing else may hold the accumulator of a leaf that the graph does not reach
     int64_t index;
     Tensor gradient;
   };
@@ -135,7 +135,7 @@ class BackwardPass {
   void take_captures(Node& node, const Tensors& gradients) {
     if (!captured_nodes_.contains(&node)) return;
     for (Capture& capture : captures_)
-      if (capture.node == &node) capture.gradient = gradients[static_cast<std::size_t>(capture.index)];
+      if (capture.node.get() == &node) capture.gradient = gradients[static_cast<std::size_t>(capture.index)];
   }
 
   // The nodes from which a captured edge can be reached, found depth first with an explicit stack.

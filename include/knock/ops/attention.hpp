@@ -103,7 +103,10 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
   detail::check_attention(q, k, v, params);
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2), kv_heads = k.size(1);
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  if (q.numel() == 0 || keys == 0) return zeros({batch, heads, queries, v.size(3)}, {q.dtype(), q.device()});
+  if (q.numel() == 0 || keys == 0)
+    return autograd::record("scaled_dot_product_attention",
+                            zeros({batch, heads, queries, v.size(3)}, {q.dtype(), q.device()}), {q, k, v},
+                            [](const autograd::Upstream&) -> Tensors { return {{}, {}, {}}; });
   const Tensor grouped = q.reshape({batch, kv_heads, heads / kv_heads, queries, q.size(3)});  // (B, Hkv, G, Tq, D)
   Tensor scores = matmul(grouped, k.unsqueeze(2).transpose(-2, -1)).reshape({batch, heads, queries, keys}) *
                   detail::attention_scale(q, params);

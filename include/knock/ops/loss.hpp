@@ -143,6 +143,8 @@ KNOCK_FUNC Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOpt
 }
 
 KNOCK_FUNC Tensor mse_loss(const Tensor& input, const Tensor& target, Reduction reduction) {
+  check(is_float(input.dtype()) && is_float(target.dtype()), "mse_loss", "needs floating tensors, got ", input, " and ",
+        target, "; convert with .to(DType::f32)");
   return detail::reduce_loss(square(input - target), reduction);
 }
 

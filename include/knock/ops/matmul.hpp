@@ -383,6 +383,8 @@ KNOCK_FUNC Tensor einsum(std::string_view equation, const Tensors& operands) {
   std::array<int64_t, 128> extents;
   extents.fill(1);
   for (std::size_t i = 0; i < operands.size(); ++i) {
+    check(is_float(operands[i].dtype()), "einsum", "needs floating operands, got ", operands[i],
+          "; convert with .to(DType::f32)");
     terms.push_back(detail::as_term(operands[i], plan.operands[i]));
     for (std::size_t axis = 0; axis < terms[i].labels.size(); ++axis) {
       const int64_t extent = terms[i].value.size(static_cast<int64_t>(axis));
