@@ -70,9 +70,13 @@ struct ExtremumOp {
       return largest ? Limits::lowest() : Limits::max();
   }
   static Acc load(T value) { return static_cast<Acc>(value); }
-  /// Whether b replaces a: it lies further out, or is NaN (a NaN stays).
-  static bool replaces(Acc a, Acc b) { return (largest ? b > a : b < a) | (b != b); }
-  static Acc join(Acc a, Acc b) { return replaces(a, b) ? b : a; }
+  /// The outer one; NaN if either is. Two selections, so that loops vectorise.
+  static Acc join(Acc a, Acc b) {
+    const Acc outer = (largest ? a > b : a < b) ? a : b;
+    return a == a ? outer : a;
+  }
+  /// Whether b comes before a when looking for the first extremum: it lies further out, or is the first NaN.
+  static bool replaces(Acc a, Acc b) { return ((largest ? b > a : b < a) | (b != b)) & (a == a); }
 };
 
 template <class T>
@@ -93,6 +97,18 @@ struct AllOp : AnyOp<T> {
 
 /// Elements of one chunk of a long reduction.
 inline constexpr int64_t reduce_chunk = 32768;
+
+/// Joins `count` partial results as a tree.
+template <class Op, int64_t count>
+typename Op::Acc join_lanes(typename Op::Acc* lanes) {
+  if constexpr (count == 1) {
+    return lanes[0];
+  } else {
+    KNOCK_SIMD
+    for (int64_t l = 0; l < count / 2; ++l) lanes[l] = Op::join(lanes[l], lanes[l + count / 2]);
+    return join_lanes<Op, count / 2>(lanes);
+  }
+}
 
 /// Joins n elements, `step` apart.
 template <class Op, class T>
@@ -115,19 +131,18 @@ typename Op::Acc reduce_run(const T* x, int64_t n, int64_t step) {
     for (int64_t l = 0; l < lane_count; ++l) lanes[l] = Op::join(lanes[l], Op::load(x[i + l]));
   }
   for (int64_t l = 0; i < n; ++i, ++l) lanes[l] = Op::join(lanes[l], Op::load(x[i]));
-  for (int64_t width = lane_count / 2; width > 0; width /= 2)
-    for (int64_t l = 0; l < width; ++l) lanes[l] = Op::join(lanes[l], lanes[l + width]);
-  return lanes[0];
+  return join_lanes<Op, lane_count>(lanes);
 }
 
-/// Offset of the row-major number `index` among the leading axes (all but the last `skip`) of array k.
+/// Offset in array k of the row-major number `index` among all axes but the last.
 template <std::size_t K>
-int64_t nest_offset(const LoopNest<K>& nest, std::size_t k, int64_t index, int64_t skip) {
-  int64_t offset = 0;
-  for (int64_t axis = nest.shape.rank() - 1 - skip; axis >= 0; --axis) {
+int64_t nest_offset(const LoopNest<K>& nest, std::size_t k, int64_t index) {
+  int64_t offset = 0, axis = nest.shape.rank() - 2;
+  for (; axis > 0; --axis) {
     offset += index % nest.shape[axis] * nest.strides[k][axis];
     index /= nest.shape[axis];
   }
+  if (axis == 0) offset += index * nest.strides[k][0];
   return offset;
 }
 
@@ -135,10 +150,10 @@ int64_t nest_offset(const LoopNest<K>& nest, std::size_t k, int64_t index, int64
 struct ReduceLoops {
   int64_t x_size, acc_size, out_size;
   void (*start)(void* acc, int64_t n);
-  /// acc[0] joins n elements, `step` apart.
-  void (*row)(const void* x, int64_t n, int64_t step, void* acc);
-  /// acc[c] joins n elements, `step` apart, for each of `columns` columns, `column_step` apart.
-  void (*columns)(const void* x, int64_t n, int64_t step, int64_t columns, int64_t column_step, void* acc);
+  /// acc[i] joins n elements, `step` apart, for each of `count` results, `kept_step` apart: one after the other (rows),
+  /// or side by side (columns).
+  void (*rows)(const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* acc);
+  void (*columns)(const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* acc);
   /// acc[c] joins other[c].
   void (*join)(void* acc, const void* other, int64_t n);
   void (*finish)(const void* acc, int64_t n, double count, void* out, int64_t out_step);
@@ -169,14 +184,15 @@ const ReduceLoops& reduce_loops() {
       .acc_size = sizeof(Acc),
       .out_size = sizeof(Out),
       .start = [](void* acc, int64_t n) { std::fill_n(static_cast<Acc*>(acc), n, Op::start()); },
-      .row =
-          [](const void* x, int64_t n, int64_t step, void* acc) {
-            Acc& result = *static_cast<Acc*>(acc);
-            result = Op::join(result, reduce_run<Op>(static_cast<const T*>(x), n, step));
+      .rows =
+          [](const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* acc) {
+            Acc* to = static_cast<Acc*>(acc);
+            for (int64_t i = 0; i < count; ++i)
+              to[i] = Op::join(to[i], reduce_run<Op>(static_cast<const T*>(x) + i * kept_step, n, step));
           },
       .columns =
-          [](const void* x, int64_t n, int64_t step, int64_t columns, int64_t column_step, void* acc) {
-            reduce_columns<Op>(static_cast<const T*>(x), n, step, columns, column_step, static_cast<Acc*>(acc));
+          [](const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* acc) {
+            reduce_columns<Op>(static_cast<const T*>(x), n, step, count, kept_step, static_cast<Acc*>(acc));
           },
       .join =
           [](void* acc, const void* other, int64_t n) {
@@ -199,9 +215,10 @@ const ReduceLoops& reduce_loops() {
   return loops;
 }
 
-/// One reduction: `outputs` results, each of `length` elements. By columns, `width` results lie side by side in x and
-/// go through the loop together, at most `block` at a time.
+/// One reduction: `outputs` results, each of `length` elements. `width` results lie evenly spaced in x and in out; at
+/// most `block` of them are one task.
 struct ReduceNest {
+  static constexpr int64_t max_block = 512;
   LoopNest<2> kept;     ///< strides of x and of out
   LoopNest<1> reduced;  ///< strides of x
   int64_t outputs, length, width, block, blocks, slabs;
@@ -220,8 +237,9 @@ struct ReduceNest {
     outputs = kept_x.numel();
     length = reduced_x.numel();
     by_columns = outputs > 1 && length > 1 && std::abs(kept.strides[0].back()) < std::abs(reduced.strides[0].back());
-    width = by_columns ? kept.shape.back() : 1;
-    block = std::min<int64_t>(width, 512);
+    width = kept.shape.back();
+    block = std::min<int64_t>(width, max_block);
+    if (!by_columns) block = std::clamp<int64_t>(reduce_chunk / std::max<int64_t>(length, 1), 1, block);
     blocks = (width + block - 1) / block;
     slabs = outputs / width;
   }
@@ -235,38 +253,37 @@ struct ReducePass {
   char* out;
   double count;  ///< for the mean: what a sum is divided by
 
-  int64_t skip() const { return nest.by_columns ? 1 : 0; }
-
-  /// A task's slab, its first column and number of columns.
+  /// A task's slab, its first result in it and the number of results.
   struct Place {
     int64_t slab, first, n;
   };
   Place place(int64_t task) const {
+    if (nest.blocks == 1) return {task, 0, nest.width};
     const int64_t first = task % nest.blocks * nest.block;
     return {task / nest.blocks, first, std::min(nest.block, nest.width - first)};
   }
 
   /// Results of a place over the elements [begin, end) of the reduced axes.
   void partial(Place at, int64_t begin, int64_t end, void* acc) const {
-    const int64_t column_step = nest.kept.strides[0].back();
-    const int64_t base = nest_offset(nest.kept, 0, at.slab, skip()) + (nest.by_columns ? at.first * column_step : 0);
+    const int64_t kept_step = nest.kept.strides[0].back();
+    const int64_t base = nest_offset(nest.kept, 0, at.slab) + at.first * kept_step;
     const int64_t length = nest.reduced.shape.back(), step = nest.reduced.strides[0].back();
+    const auto loop = nest.by_columns ? loops.columns : loops.rows;
+    const auto run = [&](int64_t offset, int64_t n) {
+      loop(x + (base + offset) * loops.x_size, n, step, at.n, kept_step, acc);
+    };
     loops.start(acc, at.n);
+    if (nest.reduced.shape.rank() == 1) return run(begin * step, end - begin);
     for (int64_t i = begin; i < end;) {
       const int64_t first = i % length, n = std::min(length - first, end - i);
-      const char* from = x + (base + nest_offset(nest.reduced, 0, i / length, 1) + first * step) * loops.x_size;
-      if (nest.by_columns) {
-        loops.columns(from, n, step, at.n, column_step, acc);
-      } else {
-        loops.row(from, n, step, acc);
-      }
+      run(nest_offset(nest.reduced, 0, i / length) + first * step, n);
       i += n;
     }
   }
 
   void store(Place at, const void* acc) const {
     const int64_t out_step = nest.kept.strides[1].back();
-    const int64_t to = nest_offset(nest.kept, 1, at.slab, skip()) + (nest.by_columns ? at.first * out_step : 0);
+    const int64_t to = nest_offset(nest.kept, 1, at.slab) + at.first * out_step;
     loops.finish(acc, at.n, count, out + to * loops.out_size, out_step);
   }
 
@@ -276,7 +293,7 @@ struct ReducePass {
     if (chunks > 1) return run_chunks(tasks, chunk, chunks);
     const int64_t grain = std::max<int64_t>(reduce_chunk / std::max<int64_t>(nest.block * nest.length, 1), 1);
     parallel_for(tasks, grain, [&](int64_t begin, int64_t end) {
-      double acc[512];
+      double acc[ReduceNest::max_block];
       for (int64_t task = begin; task < end; ++task) {
         partial(place(task), 0, nest.length, acc);
         store(place(task), acc);
@@ -364,8 +381,8 @@ int64_t find_first(const T* x, int64_t n, int64_t step, compute_t<T> value) {
   return 0;
 }
 
-/// Extremum and index of a long row: chunks find their extrema in parallel, the first chunk that holds the overall one
-/// is searched.
+/// Extremum and index of a row: the chunks of a long one find their extrema in parallel, the first chunk that holds the
+/// overall one is searched.
 template <class Op, class T>
 void arg_reduce_row(const T* x, int64_t n, int64_t step, typename Op::Acc& value, int64_t& index) {
   using Acc = typename Op::Acc;
@@ -398,60 +415,79 @@ void arg_reduce_columns(const T* x, int64_t columns, int64_t n, int64_t step, ty
     KNOCK_SIMD
     for (int64_t c = 0; c < columns; ++c) {
       const Acc element = Op::load(row[c]);
-      const bool take = Op::replaces(value[c], element) & (value[c] == value[c]);
+      const bool take = Op::replaces(value[c], element);
       value[c] = take ? element : value[c];
       index[c] = take ? r : index[c];
     }
   }
 }
 
+/// The typed loops of arg_reduce, for `count` results, `kept_step` apart: one after the other, or side by side.
+struct ArgLoops {
+  int64_t x_size;
+  void (*rows)(const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* value, int64_t* index);
+  void (*columns)(const void* x, int64_t n, int64_t step, int64_t count, void* value, int64_t* index);
+  void (*store)(const void* value, int64_t count, void* out, int64_t out_step);
+};
+
 template <class Op, class T>
-void arg_reduce(const Array& x, const Array& out_values, const Array& out_indices) {
+const ArgLoops& arg_loops() {
   using Acc = typename Op::Acc;
+  static constexpr ArgLoops loops{
+      .x_size = sizeof(T),
+      .rows =
+          [](const void* x, int64_t n, int64_t step, int64_t count, int64_t kept_step, void* value, int64_t* index) {
+            for (int64_t i = 0; i < count; ++i)
+              arg_reduce_row<Op>(static_cast<const T*>(x) + i * kept_step, n, step, static_cast<Acc*>(value)[i],
+                                 index[i]);
+          },
+      .columns =
+          [](const void* x, int64_t n, int64_t step, int64_t count, void* value, int64_t* index) {
+            arg_reduce_columns<Op>(static_cast<const T*>(x), count, n, step, static_cast<Acc*>(value), index);
+          },
+      .store =
+          [](const void* value, int64_t count, void* out, int64_t out_step) {
+            for (int64_t i = 0; i < count; ++i)
+              static_cast<T*>(out)[i * out_step] = static_cast<T>(static_cast<const Acc*>(value)[i]);
+          }};
+  return loops;
+}
+
+KNOCK_FUNC void arg_reduce_with(const ArgLoops& loops, const Array& x, const Array& out_values,
+                                const Array& out_indices) {
+  constexpr int64_t max_block = 256;
   const int64_t last = x.rank() - 1, n = x.shape[last], step = x.strides[last];
-  Array first{x.data, x.dtype, x.shape, x.strides};  // element 0 of every row
+  Array first = x;  // element 0 of every row
   first.shape.erase(last);
   first.strides.erase(last);
   const bool with_values = out_values.defined();
   const LoopNest<3> nest = merge_axes<3>({&first, with_values ? &out_values : &out_indices, &out_indices});
-  const T* from = x.as<T>();
-  T* values = with_values ? out_values.as<T>() : nullptr;
-  int64_t* indices = out_indices.as<int64_t>();
-  const int64_t columns = nest.shape.back(), rows = first.numel();
-  const auto store = [&](int64_t row, Acc value, int64_t index) {
-    if (with_values) values[nest_offset(nest, 1, row, 0)] = static_cast<T>(value);
-    indices[nest_offset(nest, 2, row, 0)] = index;
+  const int64_t width = nest.shape.back(), kept_step = nest.strides[0].back();
+  const bool by_columns = kept_step == 1 && step != 1 && width > 1;
+  const int64_t grain = std::max<int64_t>(task_elements / n, 1),
+                block = std::min({width, max_block, by_columns ? width : grain});
+  const int64_t blocks = (width + block - 1) / block, tasks = first.numel() / width * blocks;
+  const auto run = [&](int64_t begin, int64_t end) {
+    double value[max_block];
+    int64_t index[max_block];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t slab = task / blocks, at = task % blocks * block, count = std::min(block, width - at);
+      const auto place = [&](std::size_t k) { return nest_offset(nest, k, slab) + at * nest.strides[k].back(); };
+      const char* from = x.as<char>() + place(0) * loops.x_size;
+      if (by_columns) {
+        loops.columns(from, n, step, count, value, index);
+      } else {
+        loops.rows(from, n, step, count, kept_step, value, index);
+      }
+      if (with_values)
+        loops.store(value, count, out_values.as<char>() + place(1) * loops.x_size, nest.strides[1].back());
+      int64_t* to = out_indices.as<int64_t>() + place(2);
+      for (int64_t i = 0; i < count; ++i) to[i * nest.strides[2].back()] = index[i];
+    }
   };
-
-  if (nest.strides[0].back() == 1 && step != 1 && columns > 1) {
-    constexpr int64_t block = 256;
-    const int64_t blocks = (columns + block - 1) / block;
-    parallel_for(rows / columns * blocks, std::max<int64_t>(task_elements / (std::min(block, columns) * n), 1),
-                 [&](int64_t begin, int64_t end) {
-                   Acc value[block];
-                   int64_t index[block];
-                   for (int64_t task = begin; task < end; ++task) {
-                     const int64_t start = task / blocks * columns + task % blocks * block;
-                     const int64_t count = std::min(block, columns - task % blocks * block);
-                     arg_reduce_columns<Op>(from + nest_offset(nest, 0, start, 0), count, n, step, value, index);
-                     for (int64_t c = 0; c < count; ++c) store(start + c, value[c], index[c]);
-                   }
-                 });
-    return;
-  }
-  const auto one_row = [&](int64_t row) {
-    Acc value;
-    int64_t index;
-    arg_reduce_row<Op>(from + nest_offset(nest, 0, row, 0), n, step, value, index);
-    store(row, value, index);
-  };
-  if (n > reduce_chunk) {
-    for (int64_t row = 0; row < rows; ++row) one_row(row);
-  } else {
-    parallel_for(rows, std::max<int64_t>(task_elements / n, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) one_row(row);
-    });
-  }
+  constexpr int64_t few = 8;
+  if (n > reduce_chunk && tasks < few) return run(0, tasks);  // long rows are parallel in themselves
+  parallel_for(tasks, std::max<int64_t>(grain / block, 1), run);
 }
 
 }  // namespace detail
@@ -459,11 +495,9 @@ void arg_reduce(const Array& x, const Array& out_values, const Array& out_indice
 KNOCK_FUNC void arg_reduce(ArgReduce op, const Array& x, const Array& out_values, const Array& out_indices) {
   if (out_indices.numel() == 0) return;
   dispatch_all(x.dtype, [&]<class T>(Type<T>) {
-    if (op == ArgReduce::max) {
-      detail::arg_reduce<detail::ExtremumOp<T, true>, T>(x, out_values, out_indices);
-    } else {
-      detail::arg_reduce<detail::ExtremumOp<T, false>, T>(x, out_values, out_indices);
-    }
+    const detail::ArgLoops& loops = op == ArgReduce::max ? detail::arg_loops<detail::ExtremumOp<T, true>, T>()
+                                                         : detail::arg_loops<detail::ExtremumOp<T, false>, T>();
+    detail::arg_reduce_with(loops, x, out_values, out_indices);
   });
 }
 
