@@ -91,7 +91,8 @@ TEST_CASE("binary: broadcasting against a plain loop, short rows and long ones")
       {{700, 3}, {1}},    {{2, 3, 90}, {90}}, {{5, 1, 7}, {9, 1}}, {{1, 1200}, {2, 1}},  {{2, 2, 2, 2}, {2, 1, 2}},
       {{3, 90}, {3, 90}}, {{40, 65}, {1, 65}}};
   for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::i32, DType::u8}) {
-    for (const auto& [shape_a, shape_b] : pairs) {
+    for (const auto& pair : pairs) {
+      const Shape &shape_a = pair.first, &shape_b = pair.second;
       const Tensor a = randint(0, 9, shape_a).to(dtype), b = randint(1, 9, shape_b).to(dtype);
       CAPTURE(to_text(a));
       CAPTURE(to_text(b));
@@ -204,7 +205,8 @@ TEST_CASE("binary: NaN in comparisons, extrema and logic") {
 TEST_CASE("binary: gradcheck of values and gradients, with broadcasting") {
   const std::vector<std::pair<Shape, Shape>> pairs = {{{2, 3}, {2, 3}}, {{2, 3}, {3}}, {{3, 1}, {1, 2}}, {{2}, {}}};
   for (const Named& op : differentiable_ops()) {
-    for (const auto& [shape_a, shape_b] : pairs) {
+    for (const auto& pair : pairs) {
+      const Shape &shape_a = pair.first, &shape_b = pair.second;
       INFO(op.name, " ", to_text(shape_a), " ", to_text(shape_b));
       const Tensor a = operand(shape_a, 0.55).requires_grad_(), b = operand(shape_b, 0.83).requires_grad_();
       const auto first =
@@ -238,8 +240,9 @@ TEST_CASE("binary: gradcheck of ops with a number") {
       {"remainder", [](const Tensor& x) { return remainder(x, 0.9); }},
       {"where", [](const Tensor& x) { return where(x.detach() > 1, 3, x); }}};
   const Tensor x = operand({2, 3}, 0.55).requires_grad_();
-  for (const auto& [name, op] : ops) {
-    INFO(name);
+  for (const auto& named : ops) {
+    const Op& op = named.second;
+    INFO(named.first);
     const auto result = autograd::gradcheck([&](const Tensors& in) -> Tensors { return {op(in[0])}; }, {x});
     INFO(result.report);
     CHECK(result.ok);

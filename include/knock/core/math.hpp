@@ -70,11 +70,11 @@ struct Decomposed {
 };
 
 KNOCK_HD inline Decomposed decompose(float x) {
-  constexpr int32_t sqrt_half_bits = 0x3f3504f3;
+  constexpr uint32_t sqrt_half_bits = 0x3f3504f3U;
   const bool denormal = x < 0x1p-126F;
-  const int32_t bits = std::bit_cast<int32_t>(denormal ? x * 0x1p23F : x) - sqrt_half_bits;
-  const float n = static_cast<float>((bits >> 23) - (denormal ? 23 : 0));
-  return {n, std::bit_cast<float>((bits & 0x007fffff) + sqrt_half_bits)};
+  const uint32_t bits = std::bit_cast<uint32_t>(denormal ? x * 0x1p23F : x) - sqrt_half_bits;
+  const float n = static_cast<float>((static_cast<int32_t>(bits) >> 23) - (denormal ? 23 : 0));
+  return {n, std::bit_cast<float>((bits & 0x007fffffU) + sqrt_half_bits)};
 }
 
 /// ln(1 + f) - f for sqrt(1/2) <= 1 + f < sqrt(2)

@@ -166,9 +166,12 @@ struct BinaryNeeds {
   int for_a, for_b;
 };
 
-inline constexpr int A = 1, B = 2, Y = 4;  // what a gradient needs saved
+namespace saves {
+inline constexpr int A = 1, B = 2, Y = 4;  // what a gradient needs saved: the operands, the result
+}
 
 inline BinaryNeeds needs_of(Binary op) {
+  using saves::A, saves::B, saves::Y;
 #define KNOCK_NEEDS(name, functor, for_da, da, for_db, db) \
   case Binary::name:                                       \
     return {for_da, for_db};
@@ -215,10 +218,10 @@ inline void record_binary(Binary op, PointwiseParams params, const Tensor& a, co
   const int saved = (wants_a ? needs.for_a : 0) | (wants_b ? needs.for_b : 0);
   autograd::record(
       info.name, y, {a, b},
-      [op, params, a = saved & A ? autograd::Saved(a) : autograd::Saved(),
-       b = saved & B ? autograd::Saved(b) : autograd::Saved(),
-       y = saved & Y ? autograd::SavedOutput(y) : autograd::SavedOutput(), shape_a = a.shape(), shape_b = b.shape(),
-       dtype_a = a.dtype(), dtype_b = b.dtype()](const autograd::Upstream& up) -> Tensors {
+      [op, params, a = saved & saves::A ? autograd::Saved(a) : autograd::Saved(),
+       b = saved & saves::B ? autograd::Saved(b) : autograd::Saved(),
+       y = saved & saves::Y ? autograd::SavedOutput(y) : autograd::SavedOutput(), shape_a = a.shape(),
+       shape_b = b.shape(), dtype_a = a.dtype(), dtype_b = b.dtype()](const autograd::Upstream& up) -> Tensors {
         const Tensor dy = up.dy(), in_a = a.get(up), in_b = b.get(up), out = y.get(up);
         Tensor da, db;
         if (up.needs(0)) da = gradient_like(gradient_a(op, params, dy, in_a, in_b, out), shape_a, dtype_a);

@@ -75,8 +75,8 @@ KNOCK_FUNC Tensor& binary_(const char* name, Binary op, Tensor& self, const Tens
   if (begin_write(name, self, {self, other})) {
     const BinaryNeeds needs = needs_of(op);
     const int saved = (self.requires_grad() ? needs.for_a : 0) | (other.requires_grad() ? needs.for_b : 0);
-    const Tensor before = saved & A ? self.clone() : self;
-    const Tensor operand = saved & B && share_storage(self, other) ? other.clone() : other;
+    const Tensor before = saved & saves::A ? self.clone() : self;
+    const Tensor operand = saved & saves::B && share_storage(self, other) ? other.clone() : other;
     adopt(name, self, binary(op, before, operand, params));
     return self;
   }
