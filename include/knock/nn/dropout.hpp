@@ -9,7 +9,7 @@ namespace knock::nn {
 class Dropout : public Layer {
  public:
   explicit Dropout(double p = 0.5);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
  private:
   double p_;

@@ -10,7 +10,7 @@ namespace knock::nn {
 class Embedding : public Layer {
  public:
   Embedding(int64_t entries, int64_t dim, double deviation = 1);
-  Tensor forward(const Tensor& ids) override;
+  KNOCK_FUNC Tensor forward(const Tensor& ids) override;
 
   Tensor weight;  // (entries, dim)
 };

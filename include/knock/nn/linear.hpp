@@ -16,7 +16,7 @@ struct LinearOptions {
 class Linear : public Layer {
  public:
   Linear(int64_t in_features, int64_t out_features, LinearOptions options = {});
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   Tensor weight;  // (out_features, in_features)
   Tensor bias;    // (out_features), undefined without

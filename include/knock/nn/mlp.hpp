@@ -9,7 +9,7 @@ namespace knock::nn {
 class Mlp : public Layer {
  public:
   Mlp(int64_t hidden, int64_t ffn);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   Linear gate_proj, up_proj;  // (ffn, hidden)
   Linear down_proj;           // (hidden, ffn)

@@ -63,7 +63,7 @@ class Module {
   static void assign(const Tensor& parameter, const Tensor& value);
 
   /// Adds this module's part of `state_dict`; modules that store parameters in another form than they show override it.
-  virtual void append_state(const std::string& prefix, StateDict& out) const;
+  KNOCK_FUNC virtual void append_state(const std::string& prefix, StateDict& out) const;
   void append_children_state(const std::string& prefix, StateDict& out) const;
 
  private:

@@ -10,7 +10,7 @@ namespace knock::nn {
 class RMSNorm : public Layer {
  public:
   explicit RMSNorm(int64_t dim, double eps = 1e-6);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   Tensor weight;  // (dim)
 
@@ -22,7 +22,7 @@ class RMSNorm : public Layer {
 class LayerNorm : public Layer {
  public:
   explicit LayerNorm(int64_t dim, double eps = 1e-5, bool with_bias = true);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   Tensor weight;  // (dim)
   Tensor bias;    // (dim), undefined without

@@ -27,7 +27,7 @@ class AdamW final : public GroupedOptimizer<AdamWOptions> {
   using GroupedOptimizer::GroupedOptimizer;
 
  private:
-  void update(Slot& slot, const Tensor& grad, double grad_scale) override;
+  KNOCK_FUNC void update(Slot& slot, const Tensor& grad, double grad_scale) override;
 };
 
 }  // namespace knock::optim

@@ -24,7 +24,7 @@ class SGD final : public GroupedOptimizer<SGDOptions> {
   using GroupedOptimizer::GroupedOptimizer;
 
  private:
-  void update(Slot& slot, const Tensor& grad, double grad_scale) override;
+  KNOCK_FUNC void update(Slot& slot, const Tensor& grad, double grad_scale) override;
 };
 
 }  // namespace knock::optim

@@ -19,8 +19,8 @@ namespace knock::nn {
 class GroupedAttention : public Attention {
  public:
   explicit GroupedAttention(const AttentionOptions& options);
-  Tensor forward(const Tensor& x, const AttentionInputs& inputs = {}) override;
-  void absorb_knocks() override;
+  KNOCK_FUNC Tensor forward(const Tensor& x, const AttentionInputs& inputs = {}) override;
+  KNOCK_FUNC void absorb_knocks() override;
 
   Linear q_proj, k_proj, v_proj, o_proj;
   std::unique_ptr<RMSNorm> q_norm, k_norm;

@@ -21,7 +21,7 @@ namespace knock::nn {
 class KnockLayer : public Layer {
  public:
   KnockLayer(Knock kind, int64_t head_dim);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   Knock kind() const { return kind_; }
   /// The matrices as stored, (head_dim, head_dim); undefined where the kind has none.

@@ -13,7 +13,7 @@ namespace knock::nn {
 class MoE : public Layer {
  public:
   explicit MoE(const MoEOptions& options);
-  Tensor forward(const Tensor& x) override;
+  KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   /// Losses of the last forward, scalars with gradient (see balance.hpp).
   Tensor balance_loss() const;
@@ -34,7 +34,7 @@ class MoE : public Layer {
   std::unique_ptr<Mlp> shared_experts;
 
  protected:
-  void append_state(const std::string& prefix, StateDict& out) const override;
+  KNOCK_FUNC void append_state(const std::string& prefix, StateDict& out) const override;
 
  private:
   void count_load(const Tensor& indices);
