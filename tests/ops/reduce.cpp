@@ -424,6 +424,20 @@ TEST_CASE("reduce: gradients can be differentiated again") {
   twice([](const Tensor& x) { return logsumexp(x, {0}); });
 }
 
+TEST_CASE("reduce: second gradients at zero are not NaN") {
+  const auto second = [](const std::function<Tensor(const Tensor&)>& f, const Tensor& x) {
+    const Tensor dx = autograd::grad({sum(f(x))}, {x}, {.create_graph = true})[0];
+    return autograd::grad({sum(dx * dx)}, {x}, {.allow_unused = true})[0];
+  };
+  const Tensor zero = zeros({3}, {.dtype = DType::f64}).requires_grad_(),
+               none = zeros({0}, {.dtype = DType::f64}).requires_grad_();
+  for (const Tensor& x : {zero, none}) {
+    CHECK(distance(second([](const Tensor& v) { return norm(v); }, x), zeros_like(x)) == 0);
+    CHECK(distance(second([](const Tensor& v) { return norm(v, 3); }, x), zeros_like(x)) == 0);
+  }
+  CHECK(distance(second([](const Tensor& v) { return stddev(v); }, zero), zeros({3})) == 0);
+}
+
 TEST_CASE("reduce: errors name the op and what is wrong") {
   const Tensor x = zeros({2, 3}), ids = zeros({2}, {.dtype = DType::i64});
   CHECK(contains(error_of([&] { sum(x, {0, -2}); }), "[sum] dimension 0 appears more than once in dims (0, -2)"));

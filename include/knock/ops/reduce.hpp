@@ -287,6 +287,12 @@ KNOCK_FUNC Tensor log_sum_exp(const Tensor& x, const ReducedAxes& axes) {
   return log(reduce("logsumexp", Reduce::sum, exp(x - largest), axes, true, x.dtype())) + largest;
 }
 
+/// a / b, 0 where b is 0. The division is by 1 there: 0 / 0 would come back as NaN when differentiated again.
+KNOCK_FUNC Tensor quotient_or_zero(const Tensor& a, const Tensor& b) {
+  const Tensor zero = eq(b, 0);
+  return masked_fill(a / masked_fill(b, zero, 1), zero, 0);
+}
+
 /// dy sign(x) (|x| / y)^(p - 1), without the factor dy and without NaN at 0; for p = inf and -inf an equal share of the
 /// ties.
 KNOCK_FUNC Tensor norm_slope(const Tensor& x, const Tensor& y, double p, const Dims& dims) {
@@ -296,8 +302,8 @@ KNOCK_FUNC Tensor norm_slope(const Tensor& x, const Tensor& y, double p, const D
     const Tensor ties = eq(magnitude, y).to(x.dtype());
     return sign(x) * (ties / sum(ties, dims, true));
   }
-  const Tensor slope = sign(x) * pow(magnitude / y, p - 1);
-  return masked_fill(slope, p < 1 ? logical_or(eq(y, 0), eq(x, 0)) : eq(y, 0), 0);
+  const Tensor slope = sign(x) * pow(quotient_or_zero(magnitude, y), p - 1);
+  return p < 1 ? masked_fill(slope, eq(x, 0), 0) : slope;
 }
 
 }  // namespace detail
@@ -353,8 +359,8 @@ KNOCK_FUNC Tensor stddev(const Tensor& x, const Dims& dims, VarOptions options) 
   return autograd::record("stddev", y, {x},
                           [axes, dims, freedom, x = autograd::Saved(x),
                            y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
-                            const Tensor from = x.get(up), root = y.get(up);
-                            const Tensor weight = masked_fill(up.dy() / (root * freedom), eq(root, 0), 0);
+                            const Tensor from = x.get(up);
+                            const Tensor weight = detail::quotient_or_zero(up.dy() / freedom, y.get(up));
                             return {(from - mean(from, dims, true)) * weight.reshape(axes.kept_as_one)};
                           });
 }
@@ -368,9 +374,7 @@ KNOCK_FUNC Tensor norm(const Tensor& x, double p, const Dims& dims, bool keepdim
     return autograd::record(
         "norm", y, {x},
         [axes, x = autograd::Saved(x), y = autograd::SavedOutput(y)](const autograd::Upstream& up) -> Tensors {
-          const Tensor length = y.get(up);
-          const Tensor weight = masked_fill(up.dy() / length, eq(length, 0), 0);
-          return {x.get(up) * weight.reshape(axes.kept_as_one)};
+          return {x.get(up) * detail::quotient_or_zero(up.dy(), y.get(up)).reshape(axes.kept_as_one)};
         });
   }
   if (x.dtype() == DType::bf16) return norm(x.to(DType::f32), p, dims, keepdim).to(DType::bf16);
