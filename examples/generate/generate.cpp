@@ -3,9 +3,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <string>
+
+#include <unistd.h>
 
 using namespace knock;
 
@@ -19,9 +22,12 @@ void run(const std::string& folder, const std::string& prompt, const train::Samp
   const data::Tokenizer tokenizer = checkpoint.tokenizer();
   const auto model = models::load(checkpoint.folder);
   model->absorb_knocks();
-  const auto print = [](std::string_view piece) {
+  const bool terminal = ::isatty(STDOUT_FILENO) == 1;
+  const auto print = [terminal](std::string_view words) {
+    const std::string piece = terminal ? train::printable(words) : std::string(words);
     const bool written = std::fwrite(piece.data(), 1, piece.size(), stdout) == piece.size() && std::fflush(stdout) == 0;
-    return written && !interrupted;
+    check(written, "generate", "cannot write: ", io::system_message(errno));
+    return !interrupted;
   };
   print(prompt);
   train::generate(*model, tokenizer, prompt, options, print);
@@ -47,7 +53,7 @@ int main(int argc, char** argv) {
   } catch (const CLI::CallForHelp& help) {
     return app.exit(help);
   } catch (const CLI::ParseError& error) {
-    std::fprintf(stderr, "generate: %s; --help lists the options\n", error.what());
+    std::fprintf(stderr, "generate: %s; --help lists the options\n", train::one_line(error.what(), 250).c_str());
     return 2;
   }
   std::signal(SIGINT, [](int) { interrupted = 1; });
@@ -55,7 +61,7 @@ int main(int argc, char** argv) {
     run(folder, prompt, options);
     return 0;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "generate: %.280s\n", error.what());
+    std::fprintf(stderr, "generate: %s\n", train::one_line(error.what()).c_str());
     return 1;
   }
 }

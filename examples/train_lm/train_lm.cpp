@@ -4,8 +4,6 @@
 
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
 #include <optional>
 #include <string>
 #include <vector>
@@ -22,7 +20,7 @@ const char* const usage =
 Trains a language model on text, by default on six novels with one held out. CONFIG.toml and the keys after it change
 the defaults below. --resume DIR goes on from a run's newest checkpoint (or from that checkpoint), with the same bits as
 if it had never stopped; keys given besides replace the saved ones. --dry-run prints the configuration, the sizes and
-the costs, and trains nothing.
+the costs, and trains nothing. Ctrl-C and SIGTERM save a checkpoint and end the run with exit code 0.
 
 )";
 
@@ -47,8 +45,8 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
       out.dry_run = true;
     } else if (word == "--resume" || word.starts_with("--resume=")) {
       const bool joined = word.size() > 8;
-      if (!joined && i + 1 == words.size()) throw UsageError("--resume needs a folder");
-      out.resume = joined ? word.substr(9) : words[++i];
+      out.resume = joined ? word.substr(9) : i + 1 < words.size() ? words[++i] : "";
+      if (out.resume.empty()) throw UsageError("--resume needs a folder");
     } else if (word.starts_with("--") && word.find('.') != std::string::npos) {
       std::string assignment = word.substr(2);
       if (assignment.find('=') == std::string::npos) {
@@ -70,23 +68,16 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
 /// Fetches the novels unless they are there. KNOCK_SOURCE_DIR is where the project was built.
 std::string default_corpus() {
   const std::string folder = "build/data/novels";
-  const std::string command = std::string(KNOCK_SOURCE_DIR "/examples/train_lm/fetch_novels.sh ") + folder;
-  check(std::system(command.c_str()) == 0, "data",
-        "could not fetch the novels; give your own text with --data.path=FOLDER");
+  std::string words;  // what the script says: sizes and sums, or at last why not
+  std::FILE* script =
+      ::popen(("'" KNOCK_SOURCE_DIR "/examples/train_lm/fetch_novels.sh' " + folder + " 2>&1").c_str(), "r");
+  check(script != nullptr, "data", "cannot run fetch_novels.sh");
+  for (int c = std::fgetc(script); c != EOF; c = std::fgetc(script)) words.push_back(static_cast<char>(c));
+  const bool fetched = ::pclose(script) == 0;
+  while (words.ends_with('\n')) words.pop_back();
+  if (!fetched) fail("data", words.substr(words.rfind('\n') + 1), "; or give your own text with --data.path=FOLDER");
+  std::printf("%s\n", words.c_str());
   return folder;
-}
-
-/// Moves a finished or interrupted run out of the way, so that nothing of it is lost.
-void set_aside(const std::string& out_dir) {
-  namespace fs = std::filesystem;
-  if (!fs::exists(out_dir + "/log.jsonl") && train::list_checkpoints(out_dir).empty()) return;
-  for (int i = 1;; ++i) {
-    const std::string aside = text(out_dir, ".", i);
-    if (fs::exists(aside)) continue;
-    fs::rename(out_dir, aside);
-    std::printf("%s held a run; it is now %s\n", out_dir.c_str(), aside.c_str());
-    return;
-  }
 }
 
 train::Config configure(const Arguments& arguments, const std::optional<train::Checkpoint>& checkpoint) {
@@ -114,8 +105,9 @@ void compare_with_xz(train::Trainer& trainer, const train::Evaluation& evaluatio
   const auto bits = [&](std::size_t size) {
     return 8 * static_cast<double>(size) / static_cast<double>(validation.size());
   };
-  std::printf("xz -9e:     %.4f given the training text, %.4f alone\n",
-              bits(xz_size(training + validation) - xz_size(training)), bits(xz_size(validation)));
+  const std::size_t alone = xz_size(validation), before = xz_size(training), both = xz_size(training + validation);
+  if (alone && before && both)
+    std::printf("xz -9e:     %.4f given the training text, %.4f alone\n", bits(both - before), bits(alone));
 }
 
 void print_header(train::Trainer& trainer) {
@@ -137,7 +129,6 @@ int run(const Arguments& arguments) {
     return 0;
   }
   if (config.data.path.empty()) config.data.path = default_corpus();
-  if (!checkpoint) set_aside(config.train.out_dir);
   train::Trainer trainer = checkpoint ? train::Trainer(config, *checkpoint) : train::Trainer(config);
   print_header(trainer);
   const train::RunResult result = trainer.run();
@@ -164,14 +155,16 @@ int main(int argc, char** argv) {
       std::printf("%s%s", usage, train::help_text().c_str());
       return 0;
     }
-    std::signal(SIGINT, request_stop);
-    std::signal(SIGTERM, request_stop);
+    // A terminal or a reader of the output that goes away ends the run like Ctrl-C; under nohup it goes on.
+    for (const int signal : {SIGINT, SIGTERM, SIGPIPE, SIGHUP})
+      if (std::signal(signal, request_stop) == SIG_IGN && signal == SIGHUP) std::signal(signal, SIG_IGN);
+    std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error like a full disk
     return run(arguments);
   } catch (const UsageError& error) {
-    std::fprintf(stderr, "train: %.250s; --help lists the options\n", error.what());
+    std::fprintf(stderr, "train: %s; --help lists the options\n", train::one_line(error.what(), 250).c_str());
     return 2;
   } catch (const std::exception& error) {
-    std::fprintf(stderr, "train: %.280s\n", error.what());
+    std::fprintf(stderr, "train: %s\n", train::one_line(error.what()).c_str());
     return 1;
   }
 }

@@ -7,7 +7,6 @@
 #include <knock/models/moe_lm.hpp>
 #include <knock/optim/schedule.hpp>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -83,13 +82,8 @@ std::string help_text();
 /// The first `model.` key in which the two differ, empty when they agree.
 std::string differing_model_key(const Config& a, const Config& b);
 
-namespace detail {
-/// A message of several lines as one.
-inline std::string one_line(std::string message) {
-  std::replace(message.begin(), message.end(), '\n', ' ');
-  return message;
-}
-}  // namespace detail
+/// A message as one line of printable text, at most `limit` bytes: what a program says before it gives up.
+std::string one_line(std::string_view message, std::size_t limit = 280);
 
 }  // namespace knock::train
 
@@ -98,7 +92,7 @@ inline std::string one_line(std::string message) {
 
 #include <toml++/toml.h>
 
-#include <array>
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <sstream>
@@ -109,11 +103,11 @@ namespace detail {
 
 inline constexpr double infinity = std::numeric_limits<double>::infinity();
 
-/// Smallest and largest allowed value of a number.
+/// Smallest and largest allowed value of a number. The largest ones keep all products of sizes within 64 bits.
 struct Range {
   double low = -infinity, high = infinity;
 };
-inline constexpr Range positive_count{1, 1e15}, count{0, 1e15};
+inline constexpr Range positive_count{1, 1 << 20}, count{0, 1 << 20};
 
 /// The words of an enumeration, in the order of its values.
 template <class Enum>
@@ -138,12 +132,13 @@ inline std::string join(const std::vector<std::string_view>& words) {
 template <class AnyConfig, class Key>
 void visit_keys(AnyConfig& c, Key&& key) {
   auto& m = c.model;
-  key("model.vocab_size", m.vocab_size, "tokens in the vocabulary, at least 257", Range{257, 1 << 24});
-  key("model.hidden", m.hidden, "features of a token", positive_count);
+  key("model.vocab_size", m.vocab_size, "tokens in the vocabulary, at most; a tokenizer that is given has its own",
+      Range{257, 1 << 24});
+  key("model.hidden", m.hidden, "features of a token", Range{1, 1 << 16});
   key("model.layers", m.layers, "blocks", Range{1, 1000});
-  key("model.q_heads", m.q_heads, "query heads", positive_count);
-  key("model.kv_heads", m.kv_heads, "key and value heads of gqa, a divisor of q_heads", positive_count);
-  key("model.head_dim", m.head_dim, "features of a head", positive_count);
+  key("model.q_heads", m.q_heads, "query heads", Range{1, 4096});
+  key("model.kv_heads", m.kv_heads, "key and value heads of gqa, a divisor of q_heads", Range{1, 4096});
+  key("model.head_dim", m.head_dim, "features of a head", Range{1, 4096});
   key("model.attention", m.attention, "attention kind");
   key("model.qk_norm", m.qk_norm, "RMSNorm on the heads of q and k");
   key("model.rope", m.rope, "rotary positions");
@@ -151,10 +146,10 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("model.rope_theta", m.rope_theta, "base of the rotary wavelengths", Range{1, 1e12});
   key("model.window", m.window, "sliding attention window, 0: none", count);
   key("model.norm_eps", m.norm_eps, "epsilon of the norms", Range{0, 1});
-  key("model.experts", m.experts, "experts a layer, 0: dense layers only", count);
+  key("model.experts", m.experts, "experts a layer, 0: dense layers only", Range{0, 1 << 14});
   key("model.top_k", m.top_k, "experts a token goes to", positive_count);
   key("model.expert_ffn", m.expert_ffn, "features inside an expert", positive_count);
-  key("model.shared_experts", m.shared_experts, "experts that every token goes to", count);
+  key("model.shared_experts", m.shared_experts, "experts that every token goes to", Range{0, 1024});
   key("model.dense_layers", m.dense_layers, "leading layers without experts", count);
   key("model.dense_ffn", m.dense_ffn, "features inside a dense block", positive_count);
   key("model.router", m.router, "scores of the router");
@@ -172,19 +167,20 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("data.tokenizer", d.tokenizer, "a tokenizer.json; empty: trained on the training text");
   key("data.val_fraction", d.val_fraction, "share of the text held out for validation", Range{0, 0.9});
   auto& t = c.train;
-  key("train.steps", t.steps, "optimizer steps", positive_count);
+  key("train.steps", t.steps, "optimizer steps", Range{1, 1e9});
   key("train.batch_size", t.batch_size, "sequences in a micro-batch", positive_count);
   key("train.seq_len", t.seq_len, "tokens in a sequence", positive_count);
-  key("train.grad_accum", t.grad_accum, "micro-batches in a step", positive_count);
-  key("train.seed", t.seed, "seed of initial weights and of the order of the data", count);
+  key("train.grad_accum", t.grad_accum, "micro-batches in a step", Range{1, 1 << 16});
+  key("train.seed", t.seed, "seed of initial weights and of the order of the data", Range{0, 1e15});
   key("train.precision", t.precision, "of activations and products; weights are kept in f32");
   key("train.threads", t.threads, "0: as many as OpenMP chooses", Range{0, 4096});
   key("train.out_dir", t.out_dir, "folder of the log, the curves and the checkpoints");
-  key("train.eval_every", t.eval_every, "steps between evaluations, 0: only at the end", count);
-  key("train.eval_tokens", t.eval_tokens, "tokens of those evaluations, 0: all; the last one always takes all", count);
-  key("train.checkpoint_every", t.checkpoint_every, "steps between checkpoints, 0: only at the end", count);
+  key("train.eval_every", t.eval_every, "steps between evaluations, 0: only at the end", Range{0, 1e9});
+  key("train.eval_tokens", t.eval_tokens, "tokens of those evaluations, 0: all; the last one always takes all",
+      Range{0, 1e15});
+  key("train.checkpoint_every", t.checkpoint_every, "steps between checkpoints, 0: only at the end", Range{0, 1e9});
   key("train.keep_checkpoints", t.keep_checkpoints, "newest checkpoints that are kept", positive_count);
-  key("train.sample_every", t.sample_every, "steps between printed samples, 0: only at the end", count);
+  key("train.sample_every", t.sample_every, "steps between printed samples, 0: only at the end", Range{0, 1e9});
   key("train.sample_tokens", t.sample_tokens, "tokens of a sample", count);
   key("train.sample_prompt", t.sample_prompt, "what samples begin with");
   key("train.balance_loss", t.balance_loss, "weight of the experts' balance loss", Range{0, 1e3});
@@ -297,6 +293,8 @@ inline void store_key(Config& config, std::string_view key, const toml::node& no
     if (name == key) {
       found = true;
       store(name, place, node, range);
+    } else if (node.is_table() && name.starts_with(text(key, "."))) {
+      found = true;  // an empty section
     } else if (const std::size_t d = edit_distance(name, key); d < distance) {
       distance = d;
       nearest = name;
@@ -308,7 +306,8 @@ inline void store_key(Config& config, std::string_view key, const toml::node& no
 inline void store_table(Config& config, const std::string& prefix, const toml::table& table) {
   for (const auto& [name, node] : table) {
     const std::string key = prefix + std::string(name.str());
-    if (const toml::table* inner = node.as_table()) {
+    const toml::table* inner = node.as_table();
+    if (inner && !inner->empty()) {
       store_table(config, key + ".", *inner);
     } else {
       store_key(config, key, node);
@@ -320,11 +319,23 @@ inline toml::table parse_toml(std::string_view toml, std::string_view name) {
   try {
     return toml::parse(toml, name);
   } catch (const toml::parse_error& error) {
-    fail("config", name, ":", error.source().begin.line, ": ", one_line(std::string(error.description())));
+    fail("config", name, ":", error.source().begin.line, ": ", error.description());
   }
 }
 
 }  // namespace detail
+
+KNOCK_FUNC std::string one_line(std::string_view message, std::size_t limit) {
+  std::string out(message);
+  if (out.size() > limit) {
+    std::size_t end = limit - 3;
+    while (end > 0 && (static_cast<unsigned char>(out[end]) & 0xC0) == 0x80) --end;  // not inside a character
+    out.replace(end, out.size() - end, "...");
+  }
+  std::replace_if(
+      out.begin(), out.end(), [](unsigned char c) { return c < 0x20 || c == 0x7F; }, ' ');
+  return out;
+}
 
 KNOCK_FUNC Config parse_config(std::string_view toml, std::string_view name) {
   const toml::table table = detail::parse_toml(toml, name);

@@ -42,15 +42,20 @@ struct Chart {
 
 inline std::string number(double value) {
   char buffer[32];
-  std::snprintf(buffer, sizeof buffer, "%.4g", value);
+  std::snprintf(buffer, sizeof buffer, std::abs(value) >= 1e4 && std::abs(value) < 1e9 ? "%.0f" : "%.4g", value);
   return buffer;
 }
 
-/// A step between gridlines of 1, 2 or 5 times a power of ten, so that about `lines` of them fit the range.
-inline double grid_step(double range, int lines) {
-  const double raw = range / lines, power = std::pow(10, std::floor(std::log10(raw)));
+/// About `count` round numbers in the range, 1, 2 or 5 times a power of ten apart.
+inline std::vector<double> grid_lines(double low, double high, int count) {
+  const double raw = (high - low) / count, power = std::pow(10, std::floor(std::log10(raw)));
   const double digit = raw / power;
-  return power * (digit <= 1 ? 1 : digit <= 2 ? 2 : digit <= 5 ? 5 : 10);
+  const double step = power * (digit <= 1 ? 1 : digit <= 2 ? 2 : digit <= 5 ? 5 : 10);
+  std::vector<double> out;
+  for (int i = 0; i <= 2 * count; ++i)
+    if (const double at = std::ceil(low / step) * step + i * step; at <= high)
+      out.push_back(std::abs(at) < step / 2 ? 0 : at);
+  return out;
 }
 
 /// At most `count` points, each the mean of its neighbourhood.
@@ -93,13 +98,11 @@ inline std::string draw(const Chart& chart) {
   const auto py = [&](double y) { return bottom - (y - y_low) / (y_high - y_low) * (bottom - top); };
 
   std::string svg = "<svg viewBox='0 0 640 300' role='img' aria-label='" + escape(chart.title) + "'>";
-  const double y_step = grid_step(y_high - y_low, 5), x_step = grid_step(x_high - x_low, 6);
-  for (double y = std::ceil(y_low / y_step) * y_step; y <= y_high; y += y_step) {
-    const double value = std::abs(y) < y_step * 1e-9 ? 0 : y;
+  for (const double y : grid_lines(y_low, y_high, 5)) {
     svg += text("<line class='grid' x1='", left, "' x2='", right, "' y1='", number(py(y)), "' y2='", number(py(y)),
-                "'/><text x='", left - 6, "' y='", number(py(y) + 4), "' text-anchor='end'>", number(value), "</text>");
+                "'/><text x='", left - 6, "' y='", number(py(y) + 4), "' text-anchor='end'>", number(y), "</text>");
   }
-  for (double x = std::ceil(x_low / x_step) * x_step; x <= x_high; x += x_step)
+  for (const double x : grid_lines(x_low, x_high, 6))
     svg += text("<text x='", number(px(x)), "' y='280' text-anchor='middle'>", number(x), "</text>");
   svg += text("<text x='", right, "' y='296' text-anchor='end'>step</text>");
   for (const Curve& curve : chart.curves) {
@@ -124,10 +127,14 @@ struct LogCurves {
 };
 
 inline void read_line(const nlohmann::json& line, LogCurves& out) {
-  const auto step = line.value("step", 0.0);
+  const auto number_of = [](const nlohmann::json& value) { return value.is_number() ? value.get<double>() : NAN; };
+  const auto add = [](Curve& curve, double step, double value) {
+    constexpr double limit = 1e30;  // what cannot be drawn is left out
+    if (std::abs(step) < limit && std::abs(value) < limit) curve.points.emplace_back(step, value);
+  };
+  const double step = line.contains("step") ? number_of(line["step"]) : NAN;
   const auto take = [&](const char* key, Curve& curve) {
-    if (const auto found = line.find(key); found != line.end() && found->is_number())
-      curve.points.emplace_back(step, found->get<double>());
+    if (line.contains(key)) add(curve, step, number_of(line[key]));
   };
   take("loss", out.loss);
   take("val_loss", out.val_loss);
@@ -135,7 +142,7 @@ inline void read_line(const nlohmann::json& line, LogCurves& out) {
   take("lr", out.lr);
   take("grad_norm", out.grad_norm);
   take("tokens_per_s", out.tokens_per_s);
-  if (const auto found = line.find("sample"); found != line.end() && found->is_string())
+  if (const auto found = line.find("sample"); found != line.end() && found->is_string() && std::abs(step) < 1e15)
     out.samples.emplace_back(static_cast<int64_t>(step), found->get<std::string>());
   const auto entropy = line.find("load_entropy");
   if (entropy == line.end() || !entropy->is_array()) return;
@@ -143,7 +150,7 @@ inline void read_line(const nlohmann::json& line, LogCurves& out) {
                                     "#54a24b", "#b279a2", "#9d755d", "#eeca3b"};
   for (std::size_t i = 0; i < entropy->size(); ++i) {
     if (out.entropy.size() <= i) out.entropy.push_back({text("layer ", i), colors[i % 8], {}});
-    if ((*entropy)[i].is_number()) out.entropy[i].points.emplace_back(step, (*entropy)[i].get<double>());
+    add(out.entropy[i], step, number_of((*entropy)[i]));
   }
 }
 
@@ -190,7 +197,7 @@ KNOCK_FUNC void write_curves(const std::string& log_path, const std::string& htm
     if (line.is_object()) detail::read_line(line, c);
     begin = end + 1;
   }
-  const std::string name = std::filesystem::path(log_path).parent_path().filename().string();
+  const std::string name = std::filesystem::absolute(log_path).lexically_normal().parent_path().filename().string();
   std::string page = text(detail::page_head, "<h1>", detail::escape(name), "</h1>\n<main>\n");
   page += detail::figure({"Loss", "nats per token", {c.loss, c.val_loss}});
   page += detail::figure({"Bits per byte", "held-out text", {c.val_bpb}});

@@ -5,9 +5,11 @@
 //   {"step":250,"val_loss":4.1,"val_bpb":1.9}
 //   {"step":500,"sample":"It was ..."}
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace knock::train {
@@ -18,6 +20,14 @@ struct StepRecord {
   std::vector<double> load_entropy;  ///< per MoE layer, 1 when experts are evenly loaded
 };
 
+/// The lines of a log.jsonl that belong to a run which has done `step` steps: later ones, which a crash may have left,
+/// and a damaged last one are dropped, also the evaluation and sample at `step` unless it was `reported`. Nothing when
+/// there is no such file.
+std::string lines_up_to(const std::string& path, int64_t step, bool reported);
+
+/// Text as a terminal may show it: control characters but newlines and tabs are replaced.
+std::string printable(std::string_view text);
+
 class RunLog {
  public:
   /// Prints to standard output: one line that renews itself on a terminal, plain lines otherwise.
@@ -26,9 +36,8 @@ class RunLog {
   RunLog(const RunLog&) = delete;
   RunLog& operator=(const RunLog&) = delete;
 
-  /// Opens log.jsonl for a run that has done `step` steps: lines of later steps, which a crash may have left, are
-  /// removed.
-  void begin(int64_t step);
+  /// Starts log.jsonl with `history`, the lines of the steps that were done before (see lines_up_to).
+  void begin(int64_t step, const std::string& history);
   void step(const StepRecord& record);
   void evaluation(int64_t step, double loss, double bits_per_byte);
   void sample(int64_t step, const std::string& text);
@@ -38,6 +47,7 @@ class RunLog {
  private:
   void append(const std::string& json);
   void print_line(const std::string& line);
+  void show_progress(const std::string& line);
   void clear_progress();
 
   std::string out_dir_;
@@ -45,6 +55,7 @@ class RunLog {
   std::FILE* file_ = nullptr;
   bool terminal_, progress_shown_ = false;
   double seconds_per_step_ = 0;  ///< smoothed, for the time left
+  std::chrono::steady_clock::time_point shown_{};
 };
 
 }  // namespace knock::train
@@ -59,24 +70,11 @@ class RunLog {
 #include <cerrno>
 #include <filesystem>
 
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 namespace knock::train {
 namespace detail {
-
-/// The lines of a log that belong to steps up to `step`; a damaged last line is dropped.
-inline std::string lines_up_to(const std::string& log, int64_t step) {
-  std::string kept;
-  for (std::size_t begin = 0; begin < log.size();) {
-    const std::size_t end = log.find('\n', begin);
-    if (end == std::string::npos) break;
-    const std::string line = log.substr(begin, end - begin);
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (json.is_object() && json.value("step", int64_t{0}) <= step) kept += line + "\n";
-    begin = end + 1;
-  }
-  return kept;
-}
 
 inline std::string format(const char* pattern, auto... values) {
   char buffer[256];
@@ -90,7 +88,42 @@ inline std::string duration(double seconds) {
   return format("%ld:%02ld", s / 60, s % 60);
 }
 
+/// Columns of the terminal that standard output is.
+inline std::size_t terminal_width() {
+  winsize size{};
+  return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
+}
+
 }  // namespace detail
+
+KNOCK_FUNC std::string lines_up_to(const std::string& path, int64_t step, bool reported) {
+  if (!std::filesystem::exists(path)) return "";
+  const std::string log = io::read_file(path);
+  std::string kept;
+  for (std::size_t begin = 0; begin < log.size();) {
+    const std::size_t end = log.find('\n', begin);
+    if (end == std::string::npos) break;
+    const std::string line = log.substr(begin, end - begin);
+    begin = end + 1;
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
+    const auto at = json["step"].get<int64_t>();
+    if (at < step || (at == step && (reported || json.contains("loss")))) kept += line + "\n";
+  }
+  return kept;
+}
+
+KNOCK_FUNC std::string printable(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    const auto code = static_cast<unsigned char>(c);
+    if ((code < 0x20 && c != '\n' && c != '\t') || code == 0x7F)
+      out += "\xef\xbf\xbd";  // U+FFFD
+    else
+      out += c;
+  }
+  return out;
+}
 
 KNOCK_FUNC RunLog::RunLog(std::string out_dir, int64_t total_steps)
     : out_dir_(std::move(out_dir)), total_steps_(total_steps), terminal_(::isatty(STDOUT_FILENO) == 1) {}
@@ -100,13 +133,11 @@ KNOCK_FUNC RunLog::~RunLog() {
   if (file_) std::fclose(file_);
 }
 
-KNOCK_FUNC void RunLog::begin(int64_t step) {
+KNOCK_FUNC void RunLog::begin(int64_t step, const std::string& history) {
   std::error_code error;
   std::filesystem::create_directories(out_dir_, error);
   check(!error, "train", "cannot make the folder ", out_dir_, ": ", error.message());
-  const std::string kept =
-      step > 0 && std::filesystem::exists(path()) ? detail::lines_up_to(io::read_file(path()), step) : "";
-  io::write_file(path(), kept);
+  io::write_file(path(), history);
   file_ = std::fopen(path().c_str(), "a");
   check(file_ != nullptr, "train", "cannot write ", path(), ": ", io::system_message(errno));
   last_step_ = step;
@@ -133,9 +164,7 @@ KNOCK_FUNC void RunLog::step(const StepRecord& r) {
                                           r.tokens_per_s, r.lr, r.grad_norm, detail::duration(left).c_str());
   const int64_t every = std::max<int64_t>(total_steps_ / 100, 1);
   if (terminal_) {
-    std::printf("\r\033[K%s", line.c_str());
-    std::fflush(stdout);
-    progress_shown_ = true;
+    show_progress(line);
   } else if (r.step == last_step_ + 1 || r.step % every == 0 || r.step == total_steps_) {
     print_line(line);
   }
@@ -150,7 +179,17 @@ KNOCK_FUNC void RunLog::evaluation(int64_t step, double loss, double bits_per_by
 KNOCK_FUNC void RunLog::sample(int64_t step, const std::string& text) {
   using nlohmann::ordered_json;
   append(ordered_json{{"step", step}, {"sample", text}}.dump(-1, ' ', false, ordered_json::error_handler_t::replace));
-  print_line("sample: " + text);
+  print_line("sample: " + (terminal_ ? printable(text) : text));
+}
+
+/// Writes over the line that is there, at most ten times a second; one column stays free so that nothing wraps.
+KNOCK_FUNC void RunLog::show_progress(const std::string& line) {
+  const auto now = std::chrono::steady_clock::now();
+  if (progress_shown_ && now - shown_ < std::chrono::milliseconds(100)) return;
+  shown_ = now;
+  std::printf("\r%.*s\033[K", static_cast<int>(detail::terminal_width() - 1), line.c_str());
+  std::fflush(stdout);
+  progress_shown_ = true;
 }
 
 KNOCK_FUNC void RunLog::print_line(const std::string& line) {

@@ -25,6 +25,9 @@ void check_options(const SampleOptions& options);
 /// A token drawn from logits by the options; `u` is uniform in [0, 1).
 int32_t draw_token(std::span<const float> logits, const SampleOptions& options, double u);
 
+/// Length of the longest prefix that does not end inside a UTF-8 character. Bytes that are no UTF-8 count as whole.
+std::size_t whole_characters(std::string_view bytes);
+
 /// Continues `prompt`, calling `emit` with pieces of text (whole UTF-8 characters) as they come, until max_tokens, the
 /// end of a document, or `emit` returns false. Independent of the global generator. An empty prompt starts a document.
 void generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
@@ -45,10 +48,7 @@ std::string sample(models::MoeLm& model, const data::Tokenizer& tokenizer, std::
 #include <numeric>
 
 namespace knock::train {
-namespace detail {
-
-/// Length of the longest prefix that does not end inside a UTF-8 character. Bytes that are no UTF-8 count as whole.
-inline std::size_t whole_characters(std::string_view bytes) {
+KNOCK_FUNC std::size_t whole_characters(std::string_view bytes) {
   for (std::size_t back = 1; back <= std::min<std::size_t>(3, bytes.size()); ++back) {
     const auto byte = static_cast<unsigned char>(bytes[bytes.size() - back]);
     if (byte < 0x80) break;
@@ -59,8 +59,6 @@ inline std::size_t whole_characters(std::string_view bytes) {
   }
   return bytes.size();
 }
-
-}  // namespace detail
 
 KNOCK_FUNC void check_options(const SampleOptions& o) {
   check(o.max_tokens >= 0, "generate", "max-tokens must not be negative, got ", o.max_tokens);
@@ -77,6 +75,8 @@ KNOCK_FUNC int32_t draw_token(std::span<const float> logits, const SampleOptions
     const float la = logits[static_cast<std::size_t>(a)], lb = logits[static_cast<std::size_t>(b)];
     return la != lb ? la > lb : a < b;
   };
+  const bool sound = std::none_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x) || x == INFINITY; });
+  check(sound && !logits.empty(), "generate", "the model's scores are not finite: its weights are damaged");
   if (options.temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
   std::sort(order.begin(), order.end(), likelier);
   if (options.top_k > 0 && static_cast<std::size_t>(options.top_k) < order.size())
@@ -118,7 +118,7 @@ KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer,
     const int32_t token = draw_token(usable, options, uniform_double(random[0], random[1]));
     if (token == tokenizer.eos_id()) break;
     pending += tokenizer.decode(token);
-    const std::size_t whole = detail::whole_characters(pending);
+    const std::size_t whole = whole_characters(pending);
     if (whole > 0 && !emit(std::string_view(pending).substr(0, whole))) {
       pending.clear();
       break;

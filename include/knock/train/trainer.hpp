@@ -18,6 +18,7 @@
 #include <knock/train/log.hpp>
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -48,11 +49,16 @@ class Trainer {
   /// Goes on from a checkpoint; `config` may differ from the checkpoint's in everything but the model and the data.
   Trainer(Config config, const Checkpoint& checkpoint);
 
+  /// Trains to the end or until stop_requested; once per Trainer. A run that `out_dir` already holds is set aside,
+  /// unless this one goes on from its newest checkpoint.
   RunResult run();
 
   /// Mean loss and bits per byte over the validation text; at most `max_tokens` of it when that is above 0. Every token
-  /// is predicted from at least `context` tokens before it, where there are any.
+  /// is predicted from at least `context` tokens before it, where there are any. A requested stop cuts it short.
   Evaluation evaluate(int64_t max_tokens, int64_t context);
+
+  /// Called after each step, when it is in the log.
+  std::function<void(const StepRecord&)> on_step;
 
   models::MoeLm& model() { return *model_; }
   const data::Tokenizer& tokenizer() const { return tokenizer_; }
@@ -63,6 +69,7 @@ class Trainer {
   struct StepResult {
     double loss = 0, grad_norm = 0;
     int64_t tokens = 0;
+    std::vector<double> load_entropy;
   };
   Trainer(Config config, const Checkpoint* checkpoint);
   void build_model();
@@ -70,10 +77,13 @@ class Trainer {
   std::optional<StepResult> step(double lr);
   Tensor micro_batch_loss(int64_t step_tokens, double& loss_sum);
   double learning_rate(int64_t step) const;
-  void after_step(const StepResult& result, double lr, double seconds);
-  void log_evaluation(const Evaluation& evaluation);
-  void log_sample();
+  void begin_log();
+  void log_step(const StepResult& result, double lr, double seconds);
+  bool due(int64_t every) const;
+  void report(Evaluation& evaluation);
+  std::string sample_text();
   void save();
+  void draw_curves() const;
 
   Config config_;
   data::Corpus corpus_;
@@ -88,7 +98,8 @@ class Trainer {
   data::Batch batch_;
   RunState state_;
   RunLog log_;
-  int64_t saved_step_ = -1;
+  std::string resumed_from_;  // a checkpoint's folder
+  int64_t saved_step_ = -1;   // of the newest checkpoint in out_dir
 };
 
 /// Sizes and costs of a run as a table, for --dry-run.
@@ -164,11 +175,14 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
   if (!checkpoint) return;
   const std::string key = differing_model_key(config_, checkpoint->config);
   check(key.empty(), "resume", "the checkpoint ", checkpoint->folder, " is of another model: ", key, " differs");
+  check(config_.optim.name == checkpoint->config.optim.name, "resume", "optim.name differs from that of ",
+        checkpoint->folder, ", whose moments would be lost");
   check(checkpoint->state.data_hash == state_.data_hash, "resume", "the training text of ", checkpoint->folder,
         " was another than ", config_.data.path, " is now");
   model_->load_state_dict(checkpoint->model_state());
   optimizer_->load_state_dict(checkpoint->optimizer_state());
   state_ = checkpoint->state;
+  resumed_from_ = checkpoint->folder;
   loader_.seek(state_.position);
   set_rng_state(state_.random);
   saved_step_ = state_.step;
@@ -223,6 +237,8 @@ KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
     if (stop_requested) return std::nullopt;
     micro_batch_loss(result.tokens, result.loss).backward();
   }
+  for (const nn::MoE* moe : model_->moe_layers())
+    result.load_entropy.push_back(nn::load_entropy(moe->accumulated_load()));
   result.loss /= static_cast<double>(result.tokens);
   result.grad_norm = optim::grad_norm(parameters_);
   check(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "train", "step ", state_.step + 1, ": loss ",
@@ -237,10 +253,13 @@ KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
 
 KNOCK_FUNC RunResult Trainer::run() {
   const TrainOptions& t = config_.train;
-  log_.begin(state_.step);
+  begin_log();
   model_->train();
   RunResult result;
-  while (state_.step < t.steps) {
+  for (;;) {
+    if (state_.step > 0 && !state_.reported) report(result.final_evaluation);
+    if (state_.step >= t.steps || stop_requested) break;
+    if (state_.step > 0 && due(t.checkpoint_every)) save();
     const RngState random = rng_state();
     const data::LoaderPosition position = loader_.position();
     const double lr = learning_rate(state_.step);
@@ -252,40 +271,79 @@ KNOCK_FUNC RunResult Trainer::run() {
       break;
     }
     ++state_.step;
-    after_step(*done, lr, detail::seconds_since(start));
+    state_.reported = false;
+    log_step(*done, lr, detail::seconds_since(start));
   }
   result.step = state_.step;
-  result.finished = state_.step >= t.steps;
-  if (saved_step_ != state_.step) save();
-  if (result.finished) {
-    result.final_evaluation = evaluate(0, t.seq_len / 2);
-    result.finished = !stop_requested;
-    if (result.finished) log_evaluation(result.final_evaluation);
-    if (result.finished) log_sample();
-  }
-  write_curves(log_.path(), t.out_dir + "/curves.html");
+  result.finished = state_.step >= t.steps && state_.reported;
+  save();
+  draw_curves();
   return result;
 }
 
-KNOCK_FUNC void Trainer::after_step(const StepResult& result, double lr, double seconds) {
-  const TrainOptions& t = config_.train;
-  state_.train_seconds += seconds;
-  StepRecord record{.step = state_.step,
-                    .loss = result.loss,
-                    .lr = lr,
-                    .grad_norm = result.grad_norm,
-                    .tokens_per_s = static_cast<double>(result.tokens) / seconds,
-                    .step_s = seconds,
-                    .load_entropy = {}};
-  for (const nn::MoE* moe : model_->moe_layers()) record.load_entropy.push_back(nn::load_entropy(moe->load()));
-  log_.step(record);
-  const auto due = [&](int64_t every) { return every > 0 && state_.step % every == 0 && state_.step < t.steps; };
-  if (due(t.eval_every)) log_evaluation(evaluate(t.eval_tokens, 0));
-  if (due(t.sample_every)) log_sample();
-  if (due(t.checkpoint_every)) {
-    save();
-    write_curves(log_.path(), t.out_dir + "/curves.html");
+/// Opens the log behind what the run wrote before; a run that is in the way is set aside.
+KNOCK_FUNC void Trainer::begin_log() {
+  namespace fs = std::filesystem;
+  const std::string& out_dir = config_.train.out_dir;
+  std::string history;
+  if (!resumed_from_.empty())
+    history = lines_up_to((fs::absolute(resumed_from_).lexically_normal().parent_path().parent_path() / "log.jsonl"),
+                          state_.step, state_.reported);
+  const auto there = list_checkpoints(out_dir);
+  std::error_code error;
+  if (there.empty() || !fs::equivalent(there.back(), resumed_from_, error)) {
+    const std::string aside = set_aside(out_dir);
+    if (!aside.empty()) std::printf("%s held a run; it is now %s\n", out_dir.c_str(), aside.c_str());
+    saved_step_ = -1;
   }
+  log_.begin(state_.step, history);
+}
+
+KNOCK_FUNC void Trainer::log_step(const StepResult& result, double lr, double seconds) {
+  state_.train_seconds += seconds;
+  const StepRecord record{.step = state_.step,
+                          .loss = result.loss,
+                          .lr = lr,
+                          .grad_norm = result.grad_norm,
+                          .tokens_per_s = static_cast<double>(result.tokens) / seconds,
+                          .step_s = seconds,
+                          .load_entropy = result.load_entropy};
+  log_.step(record);
+  if (on_step) on_step(record);
+}
+
+/// Whether what happens every so many steps, and at the end, happens now.
+KNOCK_FUNC bool Trainer::due(int64_t every) const {
+  return state_.step >= config_.train.steps || (every > 0 && state_.step % every == 0);
+}
+
+/// Evaluates and samples where that is due, then logs both; neither when a stop was requested meanwhile. The evaluation
+/// at the end takes all the text.
+KNOCK_FUNC void Trainer::report(Evaluation& evaluation) {
+  const TrainOptions& t = config_.train;
+  const bool last = state_.step >= t.steps;
+  if (last) save();  // the evaluation of all the text takes its time
+  std::string sampled;
+  if (due(t.eval_every)) evaluation = last ? evaluate(0, t.seq_len / 2) : evaluate(t.eval_tokens, 0);
+  if (due(t.sample_every) && t.sample_tokens > 0) sampled = sample_text();
+  if (stop_requested) return;
+  if (due(t.eval_every) && evaluation.tokens > 0)
+    log_.evaluation(state_.step, evaluation.loss, evaluation.bits_per_byte);
+  if (!sampled.empty()) log_.sample(state_.step, sampled);
+  state_.reported = true;
+}
+
+/// A text that the model writes now; cut short by a requested stop.
+KNOCK_FUNC std::string Trainer::sample_text() {
+  const TrainOptions& t = config_.train;
+  std::string out = t.sample_prompt;
+  generate(*model_, tokenizer_, t.sample_prompt,
+           {.max_tokens = t.sample_tokens, .temperature = 0.8, .seed = static_cast<uint64_t>(t.seed)},
+           [&](std::string_view piece) {
+             out += piece;
+             return !stop_requested;
+           });
+  return out;
 }
 
 KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
@@ -316,24 +374,17 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
   return out;
 }
 
-KNOCK_FUNC void Trainer::log_evaluation(const Evaluation& evaluation) {
-  if (evaluation.tokens > 0) log_.evaluation(state_.step, evaluation.loss, evaluation.bits_per_byte);
-}
-
-KNOCK_FUNC void Trainer::log_sample() {
-  const TrainOptions& t = config_.train;
-  if (t.sample_tokens == 0) return;
-  log_.sample(state_.step,
-              sample(*model_, tokenizer_, t.sample_prompt,
-                     {.max_tokens = t.sample_tokens, .temperature = 0.8, .seed = static_cast<uint64_t>(t.seed)}));
-}
-
+/// Writes a checkpoint unless there is one of this step.
 KNOCK_FUNC void Trainer::save() {
+  if (saved_step_ == state_.step) return;
   state_.random = rng_state();
   state_.position = loader_.position();
   save_checkpoint(config_.train.out_dir, config_, tokenizer_, model_->state_dict(), optimizer_->state_dict(), state_);
   saved_step_ = state_.step;
+  draw_curves();
 }
+
+KNOCK_FUNC void Trainer::draw_curves() const { write_curves(log_.path(), config_.train.out_dir + "/curves.html"); }
 
 namespace detail {
 
@@ -369,7 +420,7 @@ KNOCK_FUNC std::string describe(const Config& config) {
   const TrainOptions& t = config.train;
   const models::ModelCost cost = models::cost(config.model, t.seq_len);
   const auto parameters = static_cast<double>(cost.parameters);
-  const auto tokens = static_cast<double>(t.batch_size * t.seq_len);
+  const auto tokens = static_cast<double>(t.batch_size) * static_cast<double>(t.seq_len);
   const double width = t.precision == Precision::bf16 ? 2 : 4;
   const double moments = config.optim.name == OptimizerKind::adamw ? 2 : config.optim.momentum > 0 ? 1 : 0;
   const double weights = 4 * parameters, state = 4 * moments * parameters;
@@ -378,10 +429,13 @@ KNOCK_FUNC std::string describe(const Config& config) {
   char flops[64];
   std::snprintf(flops, sizeof flops, "%.2f MFLOP a token, %.2f GFLOP a step", cost.training_flops_per_token / 1e6,
                 step_flops / 1e9);
+  const double step_tokens = tokens * static_cast<double>(t.grad_accum);
+  char counts[96];
+  std::snprintf(counts, sizeof counts, "%.0f a step, %.0f in all", step_tokens,
+                step_tokens * static_cast<double>(t.steps));
   return text("parameters  ", detail::millions(parameters), " total, ",
               detail::millions(static_cast<double>(cost.active_parameters)), " active per token\n", "compute     ",
-              flops, " (forward and backward)\n", "tokens      ", t.batch_size * t.seq_len * t.grad_accum, " a step, ",
-              t.batch_size * t.seq_len * t.grad_accum * t.steps, " in all\n", "kv cache    ",
+              flops, " (forward and backward)\n", "tokens      ", counts, "\n", "kv cache    ",
               cost.cache_numbers_per_token, " numbers a token\n", "memory      ", detail::mebibytes(weights),
               "  weights\n", "            ", detail::mebibytes(weights), "  gradients\n", "            ",
               detail::mebibytes(state), "  optimizer\n", "            ", detail::mebibytes(activations),
