@@ -70,6 +70,8 @@ TEST_CASE("math: f32 functions are accurate over all of f32") {
   CHECK_ACCURATE(tanh, 2.6);
   CHECK_ACCURATE(sigmoid, 2.6);
   CHECK_ACCURATE(erf, 1.4);
+  CHECK_ACCURATE(sin, 1.7);
+  CHECK_ACCURATE(cos, 1.7);
 }
 
 TEST_CASE("math: edges of exp and its kin") {
@@ -94,6 +96,37 @@ TEST_CASE("math: edges of exp and its kin") {
   CHECK(math::sigmoid(-infinity) == 0.0F);
   CHECK(math::sigmoid(-100.0F) > 0.0F);
   CHECK(math::erf(infinity) == 1.0F);
+}
+
+TEST_CASE("math: pow is C's pow, rounded once, in every special case") {
+  const std::vector<float> numbers = {0.0F,    -0.0F, 1.0F,   -1.0F,    2.0F,        -2.0F,        0.5F,
+                                      -0.5F,   3.0F,  -3.0F,  infinity, -infinity,   quiet_nan,    1e-40F,
+                                      -1e-40F, 1e30F, -1e30F, 1.5F,     16777215.0F, -16777217.0F, 0.9999999F};
+  std::vector<float> a, b;
+  for (const float x : numbers)
+    for (const float y : numbers) a.push_back(x), b.push_back(y);
+  for (int i = 0; i < 400; ++i)
+    for (int j = -60; j < 60; ++j)
+      a.push_back(static_cast<float>(i - 100) * 0.37F), b.push_back(static_cast<float>(j) * 0.25F);
+  std::vector<float> out(a.size());
+  KNOCK_SIMD
+  for (std::size_t i = 0; i < a.size(); ++i) out[i] = math::pow(a[i], b[i]);
+  double worst = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double exact = math::pow(static_cast<double>(a[i]), static_cast<double>(b[i]));
+    const float wanted = static_cast<float>(exact);
+    if (std::isnan(wanted) || std::isinf(wanted) || wanted == 0) {
+      INFO(a[i], " ^ ", b[i], " = ", out[i], ", wanted ", wanted);
+      const bool same = out[i] == wanted && std::signbit(out[i]) == std::signbit(wanted);
+      CHECK((same || (std::isnan(out[i]) && std::isnan(wanted))));
+    } else {
+      int exponent = 0;
+      std::frexp(exact, &exponent);
+      worst = std::max(worst, std::fabs(out[i] - exact) / std::ldexp(1.0, std::max(exponent - 24, -149)));
+    }
+  }
+  CHECK(worst < 0.55);
+  CHECK(worst > 0.4);
 }
 
 TEST_CASE("math: normal distribution, both tails") {

@@ -11,6 +11,10 @@
 //   ln(1 + f) = f - f^2 / 2 + f^3 p(f)      sqrt(1/2) <= 1 + f <= sqrt(2)
 //   erf(x) = x + x s(x^2)                   |x| <= 1
 //   erf(x) = 1 - exp(-(x + x t(x)))         1 <= x <= 4, and 1 in f32 beyond
+//   log2((1 + f) / (1 - f)) = f a(f^2)      sqrt(1/2) <= (1 + f) / (1 - f) <= sqrt(2), in f64
+//   2^r = b(r)                              |r| <= 1/2, in f64
+//   sin(r) = r + r^3 c(r^2)                 |r| <= pi / 4
+//   cos(r) = 1 - r^2 / 2 + r^4 d(r^2)
 //   Phi(-x) = exp(-x^2 / 2) m(w)            w = -0.34 x / (1 + 0.34 x), 0 <= x <= 14; Phi: normal distribution
 
 #include <knock/config.hpp>
@@ -31,10 +35,21 @@ KNOCK_HD inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
+KNOCK_HD inline double multiply_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 /// Horner's scheme: c0 + c1 x + c2 x^2 + ...
-KNOCK_HD constexpr float polynomial(float, float c0) { return c0; }
-template <class... More>
-KNOCK_HD inline float polynomial(float x, float c0, More... more) {
+template <class T>
+KNOCK_HD constexpr T polynomial(T, T c0) {
+  return c0;
+}
+template <class T, class... More>
+KNOCK_HD inline T polynomial(T x, T c0, More... more) {
   return multiply_add(polynomial(x, more...), x, c0);
 }
 
@@ -155,6 +170,53 @@ KNOCK_HD inline float erf(float x) {
   return a < 1 ? multiply_add(x, s, x) : std::copysign(far, x);
 }
 
+/// a^b: 2^(b log2 |a|) in f64, then the cases of C's pow.
+KNOCK_HD inline float pow(float a, float b) {
+  constexpr double infinity = std::numeric_limits<double>::infinity(), round = 0x1.8p52;
+  const double magnitude = std::fabs(a);
+  const auto [n, m] = detail::decompose(std::fabs(a));
+  const double f = (static_cast<double>(m) - 1) / (static_cast<double>(m) + 1);
+  const double series = polynomial(f * f, 0x1.71547652bef8ep+1, 0x1.ec709d10c975dp-1, 0x1.27778172a71edp-1,
+                                   0x1.a58ccc4ac93dap-2, 0x1.5cf63acac356cp-2);
+  const double inside = magnitude == 0 ? -infinity : multiply_add(f, series, static_cast<double>(n));
+  const double exponent = b * (magnitude < infinity ? inside : magnitude);
+  const double raised = exponent < -160 ? -160 : exponent, y = raised > 130 ? 130 : raised;  // beyond: 0 and infinity
+  const double shifted = y + round, r = y - (shifted - round);
+  const uint64_t scale = (std::bit_cast<uint64_t>(shifted) - std::bit_cast<uint64_t>(round) + 1023) << 52;
+  const double power =
+      polynomial(r, 0x1.ffffffff4cb1bp-1, 0x1.62e430d1a0e83p-1, 0x1.ebfbe10fc1ec9p-3, 0x1.c6aeca861ba99p-5,
+                 0x1.3b2994dbfa159p-7, 0x1.5f49aed3cfd10p-10, 0x1.4499c0af05dd4p-13) *
+      std::bit_cast<double>(scale);
+  const float positive = ((magnitude == 1) | (b == 0)) ? 1.0F : static_cast<float>(power);
+  const float half = 0.5F * b;
+  const bool whole = std::nearbyint(b) == b, odd = whole & (std::nearbyint(half) != half);
+  const float result = (odd & (std::bit_cast<uint32_t>(a) >> 31 != 0)) ? -positive : positive;
+  return ((a < 0) & (magnitude < infinity) & !whole) ? std::numeric_limits<float>::quiet_NaN() : result;
+}
+
+/// Where the branch-free sine and cosine hold.
+KNOCK_HD inline bool sine_is_near(float x) { return std::fabs(x) < 0x1p20F; }
+
+/// sin(x + quarter_turns pi / 2) for |x| < 2^20; the reduction by multiples of pi / 2 is in f64.
+KNOCK_HD inline float sine_near(float x, int32_t quarter_turns) {
+  constexpr double round = 0x1.8p52;
+  const double shifted = x * 0x1.45f306dc9c883p-1 + round, n = shifted - round;
+  const float r = static_cast<float>((x - n * 0x1.921fb50000000p+0) - n * 0x1.110b4611a6263p-26);
+  const float s = r * r;
+  const float sine = multiply_add(r * s, polynomial(s, -0x1.555546p-3F, 0x1.110730p-7F, -0x1.99405ep-13F), r);
+  const float cosine = multiply_add(s * s, polynomial(s, 0x1.55554ap-5F, -0x1.6c0c28p-10F, 0x1.99e866p-16F),
+                                    multiply_add(s, -0.5F, 1.0F));
+  const uint32_t quadrant =
+      static_cast<uint32_t>(std::bit_cast<uint64_t>(shifted)) + static_cast<uint32_t>(quarter_turns);
+  const float value = quadrant & 1 ? cosine : sine;
+  return quadrant & 2 ? -value : value;
+}
+
+KNOCK_HD inline float sin_near(float x) { return x == 0 ? x : sine_near(x, 0); }
+KNOCK_HD inline float cos_near(float x) { return sine_near(x, 1); }
+KNOCK_HD inline float sin(float x) { return sine_is_near(x) ? sin_near(x) : std::sin(x); }
+KNOCK_HD inline float cos(float x) { return sine_is_near(x) ? cos_near(x) : std::cos(x); }
+
 /// The normal distribution: Phi(x) and its derivative.
 template <class T>
 struct Normal {
@@ -172,6 +234,9 @@ KNOCK_HD inline Normal<float> normal(float x) {
   return {x > 0 ? 1 - tail : tail, bell * 0x1.988454p-2F};
 }
 
+KNOCK_HD inline double pow(double a, double b) { return std::pow(a, b); }
+KNOCK_HD inline double sin(double x) { return std::sin(x); }
+KNOCK_HD inline double cos(double x) { return std::cos(x); }
 KNOCK_HD inline double exp(double x) { return std::exp(x); }
 KNOCK_HD inline double expm1(double x) { return std::expm1(x); }
 KNOCK_HD inline double log(double x) { return std::log(x); }

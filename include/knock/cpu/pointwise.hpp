@@ -265,10 +265,32 @@ Params<C> to_params(PointwiseParams params) {
 template <class F, class C>
 using Result = std::conditional_t<F::domain == pointwise::predicate, uint8_t, C>;
 
+// Some ops call the standard library, and such loops stay scalar: clang need not warn that it cannot vectorise them.
+#ifdef __clang__
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
+
+/// Whether F has a branch-free form for near inputs, and whether these n inputs are near.
+template <class F, class C>
+constexpr bool has_near = std::is_same_v<C, float>&& requires {
+  typename F::Near;
+};
+
+template <class F>
+bool all_near(const float* x, int64_t n) {
+  int far = 0;
+  for (int64_t i = 0; i < n; ++i) far |= !F::is_near(x[i]);
+  return far == 0;
+}
+
 template <class F, class C>
 void unary_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
   const Params<C> params = to_params<C>(given);
   const C* x = static_cast<const C*>(in[0]);
+  if constexpr (has_near<F, C>) {
+    if (all_near<F>(x, n)) return unary_loop<typename F::Near, C>(given, in, out, n);
+  }
   auto* y = static_cast<Result<F, C>*>(out);
   KNOCK_SIMD
   for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(x[i], params));
@@ -278,6 +300,9 @@ template <class F, class C>
 void unary_backward_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
   const Params<C> params = to_params<C>(given);
   const C *v = static_cast<const C*>(in[0]), *dy = static_cast<const C*>(in[1]);
+  if constexpr (has_near<F, C>) {
+    if (all_near<F>(v, n)) return unary_backward_loop<typename F::Near, C>(given, in, out, n);
+  }
   C* dx = static_cast<C*>(out);
   KNOCK_SIMD
   for (int64_t i = 0; i < n; ++i) {
@@ -318,6 +343,10 @@ void lerp_loop(PointwiseParams, const void* const* in, void* out, int64_t n) {
     y[i] = std::fabs(w) < C(0.5) ? a[i] + w * span : b[i] - span * (1 - w);
   }
 }
+
+#ifdef __clang__
+#pragma clang diagnostic pop
+#endif
 
 /// Whether an op can be computed in C: floats for all; i64 where integers are taken; u8 for predicates.
 template <class F, class C>

@@ -157,6 +157,12 @@ inline Tensor pow_exponent_gradient(const Tensor& dy, const Tensor& a, const Ten
   return where(logical_and(a == 0, b >= 0), zeros_like(dy), dy * (y * log(a)));
 }
 
+/// u / (u^2 + v^2), and 0 at the origin: the gradient of atan2, up to its sign.
+inline Tensor over_square_norm(const Tensor& u, const Tensor& v) {
+  const Tensor square_norm = u * u + v * v;
+  return u / masked_fill(square_norm, eq(square_norm, 0), 1);
+}
+
 /// The gradient of the operand that is chosen where `wins`, and shared where `ties`.
 inline Tensor extremum_gradient(const Tensor& dy, const Tensor& loses, const Tensor& ties) {
   return where(ties, dy / 2, masked_fill(dy, loses, 0));

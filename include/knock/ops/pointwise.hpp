@@ -4,7 +4,7 @@
 //
 // Value, derivative and gradient formula of each stand in ops/pointwise_functors.hpp. Backward is one fused kernel;
 // under create_graph it is the gradient formula made of ops, which can be differentiated again. At kinks gradients are
-// PyTorch's: 0 for relu and abs at 0, 1 for clamp at its bounds.
+// PyTorch's: 0 for relu and abs at 0, 0 for clamp at its bounds.
 
 #include <knock/autograd/node.hpp>
 #include <knock/core/tensor.hpp>
@@ -114,6 +114,11 @@ inline Tensor gelu_tanh_derivative(const Tensor& x) {
 inline Tensor mish_derivative(const Tensor& x) {
   const Tensor t = tanh(softplus(x));
   return t + x * sigmoid(x) * (1 - t * t);
+}
+
+/// Where clamp passes the gradient on: within the bounds; an infinite bound is none.
+inline Tensor clamp_passes(const Tensor& x, PointwiseParams p) {
+  return logical_and(std::isinf(p.a) ? x >= p.a : x > p.a, std::isinf(p.b) ? x <= p.b : x < p.b);
 }
 
 /// The gradient made of ops; x or y is undefined where the op's derivative does not use it.

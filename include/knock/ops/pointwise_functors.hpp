@@ -276,34 +276,49 @@ struct PowScalar : UnaryOp<numbers, input> {
     if constexpr (std::is_integral_v<T>)
       return integer_power(x, p.a);
     else
-      return std::pow(x, p.a);
+      return math::pow(x, p.a);
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T> p) {
-    return p.a == 0 ? T(0) : p.a * std::pow(x, p.a - 1);
+    return p.a == 0 ? T(0) : p.a * math::pow(x, p.a - 1);
   }
+};
+
+/// Sine of inputs below 2^20, without a branch.
+struct SinNear : UnaryOp<floats, input> {
+  KNOCK_HD static float f(float x, Params<float>) { return math::sin_near(x); }
+  KNOCK_HD static float df(float x, Params<float>) { return math::cos_near(x); }
 };
 
 struct Sin : UnaryOp<floats, input> {
   template <class T>
   KNOCK_HD static T f(T x, Params<T>) {
-    return std::sin(x);
+    return math::sin(x);
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T>) {
-    return std::cos(x);
+    return math::cos(x);
   }
+  using Near = SinNear;  ///< for kernels whose inputs are all near
+  KNOCK_HD static bool is_near(float x) { return math::sine_is_near(x); }
+};
+
+struct CosNear : UnaryOp<floats, input> {
+  KNOCK_HD static float f(float x, Params<float>) { return math::cos_near(x); }
+  KNOCK_HD static float df(float x, Params<float>) { return -math::sin_near(x); }
 };
 
 struct Cos : UnaryOp<floats, input> {
   template <class T>
   KNOCK_HD static T f(T x, Params<T>) {
-    return std::cos(x);
+    return math::cos(x);
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T>) {
-    return -std::sin(x);
+    return -math::sin(x);
   }
+  using Near = CosNear;
+  KNOCK_HD static bool is_near(float x) { return math::sine_is_near(x); }
 };
 
 struct Tanh : UnaryOp<floats, output> {
@@ -348,7 +363,7 @@ struct Relu : UnaryOp<numbers, output> {
   }
   template <class T>
   KNOCK_HD static T df(T y, Params<T>) {
-    return static_cast<T>(y > 0);
+    return static_cast<T>(!(y <= 0));  // a NaN lets the gradient pass
   }
 };
 
@@ -372,7 +387,7 @@ struct Elu : UnaryOp<floats, input> {
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T> p) {
-    return x > 0 ? T(1) : p.a * math::exp(x);
+    return x <= 0 ? p.a * math::exp(x) : T(1);
   }
 };
 
@@ -475,7 +490,8 @@ struct Clamp : UnaryOp<numbers, input> {
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T> p) {
-    return static_cast<T>((x >= p.a) & (x <= p.b));
+    const bool above = std::isinf(p.a) ? x >= p.a : x > p.a, below = std::isinf(p.b) ? x <= p.b : x < p.b;
+    return static_cast<T>(above & below);
   }
 };
 
@@ -599,7 +615,7 @@ struct Pow : BinaryOp<numbers> {
     if constexpr (std::is_integral_v<T>)
       return integer_power(a, b);
     else
-      return std::pow(a, b);
+      return math::pow(a, b);
   }
 };
 
@@ -669,16 +685,16 @@ struct LogicalXor : BinaryOp<predicate> { template <class T> KNOCK_HD static T f
   X(tanh,        Tanh,       dy * (1 - y * y))                                          \
   X(sigmoid,     Sigmoid,    dy * (y * (1 - y)))                                        \
   X(log_sigmoid, LogSigmoid, dy * sigmoid(-x))                                          \
-  X(relu,        Relu,       where(y > 0, dy, 0))                                       \
+  X(relu,        Relu,       where(y <= 0, 0, dy))                                      \
   X(leaky_relu,  LeakyRelu,  where(x > 0, dy, dy * p.a))                                \
-  X(elu,         Elu,        where(x > 0, dy, dy * (p.a * exp(clamp_max(x, 0)))))       \
+  X(elu,         Elu,        where(x <= 0, dy * (p.a * exp(clamp_max(x, 0))), dy))      \
   X(silu,        Silu,       dy * (sigmoid(x) * (1 + x * sigmoid(-x))))                 \
   X(gelu,        Gelu,       dy * gelu_derivative(x))                                   \
   X(gelu_tanh,   GeluTanh,   dy * gelu_tanh_derivative(x))                              \
   X(softplus,    Softplus,   where(x * p.a > p.b, dy, dy * sigmoid(x * p.a)))           \
   X(mish,        Mish,       dy * mish_derivative(x))                                   \
   X(erf,         Erf,        dy * (pointwise::two_over_sqrt_pi * exp(-x * x)))          \
-  X(clamp,       Clamp,      where(logical_and(x >= p.a, x <= p.b), dy, 0))             \
+  X(clamp,       Clamp,      where(clamp_passes(x, p), dy, 0))                          \
   X(isnan,       IsNan,      zeros_like(dy))                                            \
   X(isinf,       IsInf,      zeros_like(dy))                                            \
   X(isfinite,    IsFinite,   zeros_like(dy))                                            \
@@ -697,7 +713,7 @@ struct LogicalXor : BinaryOp<predicate> { template <class T> KNOCK_HD static T f
   X(pow,        Pow,       A | B, pow_base_gradient(dy, a, b),              A | B | Y, pow_exponent_gradient(dy, a, b, y)) \
   X(maximum,    Maximum,   A | B, extremum_gradient(dy, a < b, a == b),     A | B, extremum_gradient(dy, b < a, a == b))   \
   X(minimum,    Minimum,   A | B, extremum_gradient(dy, a > b, a == b),     A | B, extremum_gradient(dy, b > a, a == b))   \
-  X(atan2,      Atan2,     A | B, dy * b / (a * a + b * b),                 A | B, -dy * a / (a * a + b * b))
+  X(atan2,      Atan2,     A | B, dy * over_square_norm(b, a),              A | B, -dy * over_square_norm(a, b))
 
 /// X(name, functor): binary ops that no gradient flows through.
 #define KNOCK_BINARY_PREDICATES(X) \
