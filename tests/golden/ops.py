@@ -140,7 +140,8 @@ def family(name):
 
 
 def case(*inputs, name="", grad=None, **args):
-    """Gradients are taken unless an input holds given values or `grad` says otherwise."""
+    """Gradients are taken where inputs, outputs and gradients are finite, unless `grad` says otherwise: True takes them
+    in any case, False never."""
     return inputs, name, grad, args
 
 
@@ -179,7 +180,7 @@ def evaluate(key, function, inputs, args, grad):
             out[f"x{n}"] = t.clone()
     finite = all(t is None or not t.is_floating_point() or bool(torch.isfinite(t).all()) for t in x)
     wanted = ([n for n, t in enumerate(x) if t is not None and t.is_floating_point()]
-              if finite and grad is not False else [])
+              if (finite or grad) and grad is not False else [])
     for n in wanted:
         x[n].requires_grad_()
     y = function(x, args)
@@ -189,7 +190,7 @@ def evaluate(key, function, inputs, args, grad):
     y = list(y) if isinstance(y, (tuple, list)) else [y]
     for n, t in enumerate(y):
         out[f"y{n}"] = t.detach().clone()
-    differentiable = [n for n, t in enumerate(y) if t.requires_grad and torch.isfinite(t).all()]
+    differentiable = [n for n, t in enumerate(y) if t.requires_grad and (grad or torch.isfinite(t).all())]
     if not differentiable or len(differentiable) < sum(t.is_floating_point() for t in y):
         assert grad is not True, f"{key}: no gradient"
         return out
@@ -199,7 +200,7 @@ def evaluate(key, function, inputs, args, grad):
     g = torch.autograd.grad([y[n] for n in differentiable], [x[n] for n in wanted], dy, allow_unused=True)
     for n, t in zip(wanted, g):
         if t is not None:
-            assert torch.isfinite(t).all(), f"{key}: gradient is not finite"
+            assert grad or torch.isfinite(t).all(), f"{key}: gradient is not finite"
             out[f"g{n}"] = t
     return out
 
@@ -224,6 +225,8 @@ SPECIAL = [
     NAN, INF, -INF, 0.0, -0.0, 1e-30, -1e-30, 0.0078125, -0.0078125, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.5, -2.5, 9.0,
     -9.0, 20.5, -20.5, 87.0, -87.0, 104.0, -104.0, 1e4, -1e4, 1e30, -1e30
 ]
+KINKS = [NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, -2.5]
+PREDICATES = ("isnan", "isinf", "isfinite", "logical_not")
 ANGLES = [v for v in SPECIAL if not 1e5 < abs(v) < INF] + [355.0, -355.0, 65536.0]
 
 
@@ -234,6 +237,8 @@ def unary(name, function, lo=-3.0, hi=3.0, away=(), special=SPECIAL, gap=0.1, va
     for args in variants:
         cases.append(case(r(4, 5), name="variant", **args))
         cases.append(case(V(special), name="special", grad=False, **args))
+        if name not in PREDICATES:
+            cases.append(case(V(KINKS), name="gradients at kinks", grad=True, kink=1, **args))
     op(name, function, *cases)
 
 
@@ -292,6 +297,8 @@ def binary(name, function, a=R, b=R, special=True, integer=False, *more):
     cases = [case(a(*s), b(*t)) for s, t in SHAPES]
     if special:
         cases.append(case(V([[v] for v in PAIR]), V(PAIR), name="special", grad=False))
+        first, second = zip(*[(a, b) for a in PAIR for b in PAIR])
+        cases.append(case(V(first), V(second), name="gradients at kinks", grad=True, kink=1))
     if integer:
         cases.append(case(I(3, 1, hi=5), I(4, lo=1, hi=5), name="integer"))
     op(name, function, *cases, *more)

@@ -4,6 +4,8 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
+#include <limits>
 #include <set>
 
 namespace test {
@@ -292,6 +294,36 @@ const std::vector<Family>& families() {
 #undef DIMS
 
 }  // namespace test
+
+TEST_CASE("table: the comparison notices each kind of difference") {
+  using namespace test;
+  const auto f32 = [](std::vector<float> values) {
+    return knock::from_data(values, {static_cast<int64_t>(values.size())});
+  };
+  const auto f64 = [](std::vector<double> values) {
+    return knock::from_data(values, {static_cast<int64_t>(values.size())});
+  };
+  const double nan = std::nan(""), infinity = std::numeric_limits<double>::infinity();
+  const Limit exactly = limit_of(DType::f32, Rounding::exact, 1), closely = limit_of(DType::f32, Rounding::element, 1);
+  const Limit tensor = limit_of(DType::f32, Rounding::tensor, 1);
+  CHECK(difference(f32({1, 2.5F}), f64({1, 2.5}), exactly).empty());
+  CHECK(difference(f32({0.1F}), f64({0.1}), exactly).empty());  // the nearest f32
+  CHECK(difference(f32({static_cast<float>(nan), 1e30F}), f64({nan, 1e30}), closely).empty());
+  CHECK(difference(f32({static_cast<float>(-infinity)}), f64({-1e60}), closely).empty());  // beyond f32
+  CHECK_FALSE(difference(f32({std::nextafter(1.0F, 2.0F)}), f64({1}), exactly).empty());
+  CHECK(difference(f32({std::nextafter(1.0F, 2.0F)}), f64({1}), closely).empty());
+  CHECK_FALSE(difference(f32({1.000001F}), f64({1}), closely).empty());
+  CHECK_FALSE(difference(f32({1.000001F, 100}), f64({1, 100}), closely).empty());
+  CHECK(difference(f32({1.000001F, 100}), f64({1, 100}), tensor).empty());
+  CHECK_FALSE(difference(f32({0}), f64({nan}), closely).empty());
+  CHECK_FALSE(difference(f32({static_cast<float>(nan)}), f64({0}), closely).empty());
+  CHECK_FALSE(difference(f32({static_cast<float>(infinity)}), f64({-infinity}), closely).empty());
+  CHECK_FALSE(difference(f32({1}), f64({infinity}), closely).empty());
+  CHECK_FALSE(difference(f32({1, 1}), f64({1}), closely).empty());
+  CHECK_FALSE(difference(Tensor(), f64({1}), closely).empty());
+  CHECK(difference(f32({1, 5, 1}), f64({1, 2, 3}), closely).find("(1,) is 5 instead of 2") != std::string::npos);
+  CHECK(difference(f32({1, 5, 1}), f64({1, 2, 3}), closely).find("worst of 2 in 3") != std::string::npos);
+}
 
 TEST_CASE("table: every row has golden cases, every case a row") {
   for (const test::Family& family : test::families()) {
