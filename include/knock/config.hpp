@@ -5,8 +5,8 @@
 // Compiled: with KNOCK_COMPILED the bodies are left out, except in the translation units of `knock::compiled`, each of
 // which defines KNOCK_BODIES_<FOLDER>_<FILE> for the headers whose bodies it holds.
 //
-// A virtual function whose body is not in its class is declared with KNOCK_FUNC there too: otherwise, header-only, every
-// program that includes the header would get the class's vtable, and all that it reaches, compiled in.
+// A virtual function whose body is not in its class is declared with KNOCK_FUNC there too: otherwise, header-only,
+// every program that includes the header would get the class's vtable, and all that it reaches, compiled in.
 
 #define KNOCK_VERSION_MAJOR 0
 #define KNOCK_VERSION_MINOR 1

@@ -1,6 +1,6 @@
 #pragma once
-// The trainer side: everything that reads configs, checkpoints and tokenizers. Needs toml++, PCRE2 and nlohmann-json, and
-// the target knock::train.
+// The trainer side: everything that reads configs, checkpoints and tokenizers. Needs toml++, PCRE2 and nlohmann-json,
+// and the target knock::train.
 
 #include <knock/knock.hpp>
 

@@ -11,9 +11,9 @@ knock::Tensor noisy_line(const knock::Tensor& x);  // second.cpp
 int main() {
   using namespace knock;
   manual_seed(1);
-  Tensor x = randn({64, 3});                         // (N, D)
-  Tensor y = noisy_line(x);                          // (N, 1)
-  Tensor w = zeros({3, 1}).requires_grad_();         // (D, 1)
+  Tensor x = randn({64, 3});                  // (N, D)
+  Tensor y = noisy_line(x);                   // (N, 1)
+  Tensor w = zeros({3, 1}).requires_grad_();  // (D, 1)
   optim::AdamW opt({w}, {.lr = 0.1, .weight_decay = 0.0});
   double first = 0, last = 0;
   for (int step = 0; step < 200; ++step) {

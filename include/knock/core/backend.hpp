@@ -98,8 +98,8 @@ struct MoeGradients {
   Array x, weights, gate, up, down;
 };
 
-/// Which scores of attention there are: query i stands at key i + shift and sees the keys up to there (`causal`) and less
-/// than `window` (0: any number) places away.
+/// Which scores of attention there are: query i stands at key i + shift and sees the keys up to there (`causal`) and
+/// less than `window` (0: any number) places away.
 struct AttentionScores {
   double scale;
   bool causal;
@@ -147,8 +147,8 @@ struct Backend {
   void (*sort)(bool descending, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
   /// The k first elements in order, k being the last extent of the outputs.
   void (*topk)(bool largest, const Array& x, const Array& out_values, const Array& out_indices) = nullptr;
-  /// Draws, with replacement, indices (..., samples) with probabilities proportional to weights (..., V). Draw i of row r
-  /// uses Philox counter r samples + i of `state`.
+  /// Draws, with replacement, indices (..., samples) with probabilities proportional to weights (..., V). Draw i of row
+  /// r uses Philox counter r samples + i of `state`.
   void (*multinomial)(RngState state, const Array& weights, const Array& out) = nullptr;
 
   // Moving by index: i64 indices, already checked to be in range. index and src have one shape (any strides; an index
@@ -175,8 +175,8 @@ struct Backend {
   void (*rope)(const Array& x, const Array& positions, double theta, bool interleaved, bool inverse,
                const Array& out) = nullptr;
 
-  /// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, Hq, Tq, Tk) u8, floating or undefined; out (B, Hq,
-  /// Tq, Dv); log_sum_exp (B, Hq, Tq) dense, in the compute type, +inf where a query sees no key.
+  /// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, Hq, Tq, Tk) u8, floating or undefined; out (B,
+  /// Hq, Tq, Dv); log_sum_exp (B, Hq, Tq) dense, in the compute type, +inf where a query sees no key.
   void (*attention)(const AttentionScores& scores, const Array& q, const Array& k, const Array& v, const Array& mask,
                     const Array& out, const Array& out_log_sum_exp) = nullptr;
   void (*attention_backward)(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,

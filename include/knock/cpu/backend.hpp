@@ -12,15 +12,15 @@
 #include <knock/cpu/loss.hpp>
 #include <knock/cpu/mlp.hpp>
 #include <knock/cpu/moe.hpp>
+#include <knock/cpu/multinomial.hpp>
 #include <knock/cpu/norm.hpp>
 #include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
-#include <knock/cpu/multinomial.hpp>
-#include <knock/cpu/scan.hpp>
-#include <knock/cpu/sort.hpp>
 #include <knock/cpu/rope.hpp>
+#include <knock/cpu/scan.hpp>
 #include <knock/cpu/softmax.hpp>
+#include <knock/cpu/sort.hpp>
 
 namespace knock {
 

@@ -139,9 +139,7 @@ KNOCK_FUNC AtomicFile::~AtomicFile() {
   if (!temporary_.empty()) ::unlink(temporary_.c_str());
 }
 
-KNOCK_FUNC void AtomicFile::give_up(int error) {
-  fail(op_, "cannot write ", path_, ": ", system_message(error));
-}
+KNOCK_FUNC void AtomicFile::give_up(int error) { fail(op_, "cannot write ", path_, ": ", system_message(error)); }
 
 KNOCK_FUNC void AtomicFile::write(const void* data, int64_t bytes) {
   const char* next = static_cast<const char*>(data);

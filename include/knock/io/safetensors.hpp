@@ -308,8 +308,7 @@ KNOCK_FUNC void save_safetensors(const std::string& path, const StateDict& tenso
   Metadata all = metadata;
   all.try_emplace("format", "pt");
   for (const auto& [key, value] : all)
-    check(detail::is_utf8(key) && detail::is_utf8(value), op, path, ": metadata ", detail::quote(key),
-          " is not UTF-8");
+    check(detail::is_utf8(key) && detail::is_utf8(value), op, path, ": metadata ", detail::quote(key), " is not UTF-8");
   std::vector<const StateDict::Entry*> order;
   for (const StateDict::Entry& entry : tensors) {
     const auto& [name, tensor] = entry;

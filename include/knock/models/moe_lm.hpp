@@ -255,7 +255,8 @@ KNOCK_FUNC MoeLm::MoeLm(const MoeLmConfig& config)
 }
 
 // Normal with deviation 0.02 (GPT-2's), divided by sqrt(2 * layers) for what is added to the residual stream, and
-// 1 / sqrt(hidden) for the embedding, so that tied logits start with deviation 1. Norms and knocks keep their own start.
+// 1 / sqrt(hidden) for the embedding, so that tied logits start with deviation 1. Norms and knocks keep their own
+// start.
 KNOCK_FUNC void MoeLm::init_weights() {
   const NoGradGuard no_grad;
   const double residual = 1 / std::sqrt(2 * static_cast<double>(config_.layers));

@@ -106,7 +106,9 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
   if (q.numel() == 0 || keys == 0)
     return autograd::record("scaled_dot_product_attention",
                             zeros({batch, heads, queries, v.size(3)}, {q.dtype(), q.device()}), {q, k, v},
-                            [](const autograd::Upstream&) -> Tensors { return {{}, {}, {}}; });
+                            [](const autograd::Upstream&) -> Tensors {
+                              return {{}, {}, {}};
+                            });
   const Tensor grouped = q.reshape({batch, kv_heads, heads / kv_heads, queries, q.size(3)});  // (B, Hkv, G, Tq, D)
   Tensor scores = matmul(grouped, k.unsqueeze(2).transpose(-2, -1)).reshape({batch, heads, queries, keys}) *
                   detail::attention_scale(q, params);

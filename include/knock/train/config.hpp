@@ -47,7 +47,7 @@ enum class OptimizerKind : uint8_t { adamw, sgd };
 
 struct OptimConfig {
   OptimizerKind name = OptimizerKind::adamw;
-  double lr = 2e-3;
+  double lr = 1.5e-3;
   std::vector<double> betas = {0.9, 0.95};
   double eps = 1e-8;
   double momentum = 0.9;
@@ -107,7 +107,7 @@ inline constexpr double infinity = std::numeric_limits<double>::infinity();
 struct Range {
   double low = -infinity, high = infinity;
 };
-inline constexpr Range positive_count{1, 1 << 20}, count{0, 1 << 20};
+inline constexpr Range positive_count{1, 1 << 20}, any_count{0, 1 << 20};
 
 /// The words of an enumeration, in the order of its values.
 template <class Enum>
@@ -142,15 +142,15 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("model.attention", m.attention, "attention kind");
   key("model.qk_norm", m.qk_norm, "RMSNorm on the heads of q and k");
   key("model.rope", m.rope, "rotary positions");
-  key("model.rope_dim", m.rope_dim, "features of a head that rotate, 0: all", count);
+  key("model.rope_dim", m.rope_dim, "features of a head that rotate, 0: all", any_count);
   key("model.rope_theta", m.rope_theta, "base of the rotary wavelengths", Range{1, 1e12});
-  key("model.window", m.window, "sliding attention window, 0: none", count);
+  key("model.window", m.window, "sliding attention window, 0: none", any_count);
   key("model.norm_eps", m.norm_eps, "epsilon of the norms", Range{0, 1});
   key("model.experts", m.experts, "experts a layer, 0: dense layers only", Range{0, 1 << 14});
   key("model.top_k", m.top_k, "experts a token goes to", positive_count);
   key("model.expert_ffn", m.expert_ffn, "features inside an expert", positive_count);
   key("model.shared_experts", m.shared_experts, "experts that every token goes to", Range{0, 1024});
-  key("model.dense_layers", m.dense_layers, "leading layers without experts", count);
+  key("model.dense_layers", m.dense_layers, "leading layers without experts", any_count);
   key("model.dense_ffn", m.dense_ffn, "features inside a dense block", positive_count);
   key("model.router", m.router, "scores of the router");
   key("model.router_bias", m.router_bias, "loss-free balancing: a bias for selection");
@@ -181,7 +181,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.checkpoint_every", t.checkpoint_every, "steps between checkpoints, 0: only at the end", Range{0, 1e9});
   key("train.keep_checkpoints", t.keep_checkpoints, "newest checkpoints that are kept", positive_count);
   key("train.sample_every", t.sample_every, "steps between printed samples, 0: only at the end", Range{0, 1e9});
-  key("train.sample_tokens", t.sample_tokens, "tokens of a sample", count);
+  key("train.sample_tokens", t.sample_tokens, "tokens of a sample", any_count);
   key("train.sample_prompt", t.sample_prompt, "what samples begin with");
   key("train.balance_loss", t.balance_loss, "weight of the experts' balance loss", Range{0, 1e3});
   key("train.z_loss", t.z_loss, "weight of the router's z-loss", Range{0, 1e3});
