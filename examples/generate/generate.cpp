@@ -38,6 +38,7 @@ void run(const std::string& folder, const std::string& prompt, const train::Samp
 
 int main(int argc, char** argv) {
   CLI::App app{"Continues a text with a trained model.", "./run generate"};
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   std::string folder, prompt;
   train::SampleOptions options;
   app.add_option("DIR", folder, "a run's folder, or one of its checkpoints")->required();
