@@ -84,12 +84,15 @@ struct RowBlock {
   int64_t expert, begin, end;
 };
 
+/// Most rows of a block. Buffers take this many whatever the block has, so that their sizes repeat and the caching
+/// allocator has them at hand.
+inline constexpr int64_t block_rows = 128;
+
 inline std::vector<RowBlock> row_blocks(const int64_t* offsets, int64_t experts) {
-  constexpr int64_t rows = 128;
   std::vector<RowBlock> blocks;
   for (int64_t e = 0; e < experts; ++e)
-    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += rows)
-      blocks.push_back({e, begin, std::min(begin + rows, offsets[e + 1])});
+    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += block_rows)
+      blocks.push_back({e, begin, std::min(begin + block_rows, offsets[e + 1])});
   return blocks;
 }
 
@@ -200,7 +203,7 @@ KNOCK_FUNC void moe_forward(const MoeInputs& in, const Array& out_hidden, const 
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
       const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];
       const int64_t rows = end - begin;
-      const detail::Scratch<T> x_rows(rows * c), activation(rows * f);
+      const detail::Scratch<T> x_rows(detail::block_rows * c), activation(detail::block_rows * f);
       detail::gather_rows(moe, moe.x, begin, end, x_rows.data());
       T* hidden = out_hidden.as<T>() + begin * 2 * f;
       gate.multiply(e, rows, {x_rows.data(), c, 1}, {hidden, 2 * f, 1});
@@ -230,7 +233,7 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
       const int64_t rows = end - begin;
       detail::gather_rows(moe, moe.x, begin, end, x_sorted.data() + begin * c);
       detail::gather_rows(moe, dy.as<T>(), begin, end, dy_sorted.data() + begin * c);
-      const detail::Scratch<T> d_activation(rows * f);
+      const detail::Scratch<T> d_activation(detail::block_rows * f);
       down.multiply(e, rows, {dy_sorted.data() + begin * c, c, 1}, {d_activation.data(), f, 1});
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t slot = moe.order[begin + r];
