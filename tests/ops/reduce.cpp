@@ -227,6 +227,16 @@ TEST_CASE("reduce: the same bits for any number of threads") {
   }
 }
 
+TEST_CASE("reduce: many columns need no more memory than their results") {
+  const Tensor x = ones({150, 100000}, {.dtype = DType::u8});
+  memory::reset_peak();
+  const int64_t before = memory::stats().bytes_in_use;
+  const Tensor y = sum(x, 0);
+  CHECK(memory::stats().peak_bytes - before < 1000000);
+  CHECK(amin(y).item<int64_t>() == 150);
+  CHECK(amax(y).item<int64_t>() == 150);
+}
+
 TEST_CASE("reduce: no elements") {
   const Tensor x = zeros({0, 3});
   CHECK(sum(x).item() == 0);

@@ -60,7 +60,6 @@ struct NormOp : SumOp<T> {
 template <class T, bool largest>
 struct ExtremumOp {
   using Acc = compute_t<T>;
-  static Acc last(Acc a) { return a; }
   using Out = T;
   static Acc start() {
     using Limits = std::numeric_limits<Acc>;
@@ -75,6 +74,7 @@ struct ExtremumOp {
     const Acc outer = (largest ? a > b : a < b) ? a : b;
     return a == a ? outer : a;
   }
+  static Acc last(Acc a) { return a; }
   /// Whether b comes before a when looking for the first extremum: it lies further out, or is the first NaN.
   static bool replaces(Acc a, Acc b) { return ((largest ? b > a : b < a) | (b != b)) & (a == a); }
 };
@@ -288,7 +288,11 @@ struct ReducePass {
   }
 
   void run() const {
-    const int64_t tasks = nest.slabs * nest.blocks, chunk = std::max<int64_t>(reduce_chunk / nest.block, 64);
+    constexpr int64_t many =
+        32;  // columns need not be cut when there are as many tasks; partial results would fill memory
+    const int64_t tasks = nest.slabs * nest.blocks;
+    const int64_t chunk = nest.by_columns && tasks >= many ? std::max<int64_t>(nest.length, 1)
+                                                           : std::max<int64_t>(reduce_chunk / nest.block, 64);
     const int64_t chunks = (nest.length + chunk - 1) / chunk;
     if (chunks > 1) return run_chunks(tasks, chunk, chunks);
     const int64_t grain = std::max<int64_t>(reduce_chunk / std::max<int64_t>(nest.block * nest.length, 1), 1);
