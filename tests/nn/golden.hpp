@@ -54,9 +54,9 @@ template <class Module>
 void check_gradients(Module& module, const StateDict& expected, double tolerance) {
   const StateDict actual = gradients_by_name(module);
   REQUIRE(expected.size() > 0);
-  for (const auto& [name, gradient] : expected) {
-    INFO("gradient of ", name);
-    CHECK(distance(actual.at(name), gradient) <= tolerance);
+  for (const auto& entry : expected) {
+    INFO("gradient of ", entry.first);
+    CHECK(distance(actual.at(entry.first), entry.second) <= tolerance);
   }
 }
 
