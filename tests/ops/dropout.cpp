@@ -48,6 +48,18 @@ TEST_CASE("dropout: draws differ, the seed repeats them, threads do not matter")
   CHECK(test::same_bits(strided, dropout(ones({40, 30}), 0.5)));
 }
 
+TEST_CASE("dropout: element i is kept when word i % 4 of Philox block i / 4 reaches p 2^32") {
+  set_rng_state({.seed = 0x123456789abcdef, .offset = (uint64_t{9} << 32) + 7});
+  const RngState state = rng_state();
+  const auto y = dropout(ones({1003}), 0.3).to_vector<float>();
+  int wrong = 0;
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const bool kept = philox4x32(state.seed, i / 4, state.offset)[i % 4] >= 0.3 * 0x1p32;
+    wrong += kept != (y[i] != 0);
+  }
+  CHECK(wrong == 0);
+}
+
 TEST_CASE("dropout: probabilities 0 and 1, evaluation, no elements, errors") {
   const Tensor x = randn({5, 3}).requires_grad_();
   const RngState before = rng_state();
