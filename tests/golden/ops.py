@@ -470,7 +470,8 @@ op("norm",
    case(NOT_ZERO(3, 4), p=3.0), case(R(0)), case(V([0.0, 0.0]), kink=True), *nan_cases)
 op("logsumexp", many(lambda x, dim, keepdim: torch.logsumexp(x,
                                                              tuple(range(x.dim())) if dim is None else dim, keepdim)),
-   *reductions(R, empty=False), case(R(0, 3), dims=0, grad=False), case(V([1000.0, 1000.5, -1000.0]), grad=False), *nan_cases)
+   *reductions(R, empty=False), case(R(0, 3), dims=0, grad=False), case(V([1000.0, 1000.5, -1000.0]), grad=False),
+   *nan_cases)
 
 
 def anyall(f):
@@ -555,7 +556,8 @@ op("addmm", lambda x, a: torch.addmm(*x, beta=a.get("beta", 1), alpha=a.get("alp
     R(3, 5), R(3, 4), R(4, 5)), case(R(5), R(3, 4), R(4, 5)), case(R(3, 1), R(3, 4), R(4, 5)),
    case(R(), R(3, 4), R(4, 5)), case(R(3, 5), R(3, 4), R(4, 5), beta=0.5, alpha=-2.0), case(R(3, 5), R(3, 0), R(0, 5)),
    case(R(1, 1), R(1, 1), R(1, 1)))
-op("mv", two(torch.mv), case(R(3, 4), R(4)), case(R(1, 1), R(1)), case(R(0, 4), R(4)), case(R(3, 0), R(0)), case(R(17, 33), R(33)))
+op("mv", two(torch.mv), case(R(3, 4), R(4)), case(R(1, 1), R(1)), case(R(0, 4), R(4)), case(R(3, 0), R(0)),
+   case(R(17, 33), R(33)))
 op("dot", two(torch.dot), case(R(5), R(5)), case(R(1), R(1)), case(R(0), R(0)), case(R(70), R(70)))
 op("outer", two(torch.outer), case(R(3), R(5)), case(R(1), R(1)), case(R(0), R(3)), case(R(19), R(7)),
    case(I(3), I(4), name="integer"))
@@ -612,7 +614,8 @@ op("diagonal", lambda x, a: torch.diagonal(x[0], a.get("offset", 0), a.get("dim1
 op("contiguous", lambda x, a: x[0].contiguous(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)))
 op("clone", lambda x, a: x[0].clone(), case(R(3, 4)), case(R(2, 3, 5)), case(R()), case(R(0, 2)))
 op("cat", lambda x, a: torch.cat(x, a["dim"]), case(R(3, 4), R(2, 4), dim=0), case(R(3, 2), R(3, 1), R(3, 5), dim=-1),
-   case(R(2, 3, 4), R(2, 1, 4), dim=1), case(R(3), dim=0), case(R(0, 3), R(2, 3), dim=0), case(R(2, 0), R(2, 0), dim=0), case(R(5, 17), R(5, 3), dim=1))
+   case(R(2, 3, 4), R(2, 1, 4), dim=1), case(R(3), dim=0), case(R(0, 3), R(2, 3), dim=0), case(R(2, 0),
+   R(2, 0), dim=0), case(R(5, 17), R(5, 3), dim=1))
 op("stack", lambda x, a: torch.stack(x, a["dim"]), case(R(3, 4), R(3, 4), dim=0), case(
     R(3, 4), R(3, 4), R(3, 4), dim=-1), case(R(3, 4), R(3, 4), dim=1), case(R(), R(), dim=0), case(R(0), R(0), dim=1))
 op("split", lambda x, a: torch.split(x[0], a["size"] if "size" in a else list(a["sizes"]), a["dim"]),
@@ -841,7 +844,8 @@ def experts(n, k, e, c, f):
     return R(n, c), UX(n, k, dim=1, hi=e), R(n, k), R(e, f, c), R(e, f, c), R(e, c, f)
 
 
-op("moe_experts", moe_experts, case(*experts(7, 2, 4, 5, 3)), case(*experts(1, 1, 1, 1, 1)), case(*experts(3, 3, 3, 4, 6)),
+op("moe_experts", moe_experts, case(*experts(7, 2, 4, 5, 3)), case(*experts(1, 1, 1, 1, 1)),
+   case(*experts(3, 3, 3, 4, 6)),
    case(*experts(0, 2, 3, 4, 3)), case(*experts(5, 1, 8, 3, 2)))
 
 

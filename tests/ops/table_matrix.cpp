@@ -14,13 +14,15 @@ using namespace test;
 
 constexpr const char* opening = R"(# Ops: dtypes, gradients, devices
 
-Generated from the table in `tests/ops/table.cpp` (`KNOCK_WRITE_DOCS=1 build/tests/test_ops -tc="docs*"`); a test fails when it
-is out of date. A dot is tested: for each op, in each dtype shown, values are compared with PyTorch's in f64, gradients
-too (in f64, f32 and bf16), and every other dtype is refused with an error. Gradients are also checked by
-finite differences in f64. Masks are u8 (0 and 1), indices i64 or i32.
+Generated from the table in `tests/ops/table.cpp` by `KNOCK_WRITE_DOCS=1 build/tests/test_ops -tc="docs*"`; a test fails
+when this page is out of date.
 
-Every gradient can be differentiated again (`create_graph`), which is checked in the same way. "Twin": `composite::op` is the
-same function written with other ops; its value and gradient are compared with the fused op's.
+A dot is tested. In each dtype shown the values are compared with PyTorch's in f64, on inputs that every dtype holds
+exactly; in each dtype not shown the op throws an error. Gradients are compared with PyTorch's in f64, f32 and bf16, and
+in f64 with finite differences; so are the gradients of the gradients (`create_graph`). Strided inputs give the same
+results, any number of threads the same bits. Masks are u8 (0 and 1), indices i64.
+
+Twin: `composite::op` is the same function written with other ops; its value and gradient are compared with the op's.
 )";
 
 std::string matrix() {
