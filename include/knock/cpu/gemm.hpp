@@ -142,9 +142,11 @@ void gemm_large(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Mat
   const int64_t cols = padded_cols<C>(n), k_blocks = (k + k_block - 1) / k_block;
   const Storage storage(k * cols * static_cast<int64_t>(sizeof(C)), Device{});
   C* packed = static_cast<C*>(storage.data);
-  parallel_tasks(k_blocks * tiles.col_tiles, [&](int64_t t) {
-    const int64_t p = t / tiles.col_tiles * k_block, j = t % tiles.col_tiles * tiles.tile_cols;
-    pack_block(b, p, std::min(k_block, k - p), j, cols_of(j), packed, cols);
+  constexpr int64_t pack_cols = 128;
+  const int64_t pack_tasks = (n + pack_cols - 1) / pack_cols;
+  parallel_tasks(k_blocks * pack_tasks, [&](int64_t t) {
+    const int64_t p = t / pack_tasks * k_block, j = t % pack_tasks * pack_cols;
+    pack_block(b, p, std::min(k_block, k - p), j, std::min(pack_cols, n - j), packed, cols);
   });
   parallel_tasks(tiles.count(), [&](int64_t t) {
     const int64_t i = strip_start(m, tiles.row_tiles, t / tiles.col_tiles), j = t % tiles.col_tiles * tiles.tile_cols;

@@ -208,52 +208,78 @@ void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<C>& a, int64
 }
 
 /// out = beta addend, for K = 0 and as a start.
-template <class T, class C>
-void scale_addend(int64_t m, int64_t n, C beta, Matrix<const T> c, Matrix<C> out) {
+template <class From, class C, class To>
+void scale_addend(int64_t m, int64_t n, C beta, Matrix<const From> c, Matrix<To> out) {
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) out(i, j) = beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0);
+    for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<To>(beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0));
 }
 
-/// Runs `tile(beta, addend, stride, out, stride)` on out itself, or on a tile of C that is then converted to out.
-template <class T, class C, class Tile>
-void with_output(int64_t m, int64_t n, C beta, Matrix<const T> c, Matrix<T> out, Tile tile) {
-  if constexpr (std::is_same_v<T, C>) {
-    if (out.col_stride == 1 && (beta == 0 || c.col_stride == 1))
-      return tile(beta, c.data, c.row_stride, out.data, out.row_stride);
+/// Where a tile's results are added up: out itself, or a tile of C that is converted to out at the end.
+template <class C, class Out>
+struct Accumulator {
+  MicroOutput<C> first, next;  ///< for the first block of K and for the later ones
+  bool staged;
+
+  Accumulator(int64_t m, int64_t n, C alpha, C beta, Matrix<const Out> c, Matrix<Out> out) {
+    if constexpr (std::is_same_v<Out, C>) {
+      staged = out.col_stride != 1 || (beta != 0 && c.col_stride != 1);
+      if (!staged) first = {out.data, out.row_stride, c.data, c.row_stride, alpha, beta};
+    } else {
+      staged = true;
+    }
+    if (staged) {
+      const int64_t stride = padded_cols<C>(n);
+      C* const tile = thread_scratch<C>(Slot::tile, m * stride);
+      scale_addend(m, n, beta, c, Matrix<C>{tile, stride, 1});
+      first = {tile, stride, tile, stride, alpha, C(1)};
+    }
+    next = {first.out, first.out_stride, first.out, first.out_stride, alpha, C(1)};
   }
-  const int64_t stride = padded_cols<C>(n);
-  C* staged = thread_scratch<C>(Slot::tile, m * stride);
-  scale_addend(m, n, beta, c, Matrix<C>{staged, stride, 1});
-  tile(C(1), staged, stride, staged, stride);
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<T>(staged[i * stride + j]);
-}
 
-/// All blocks of K of one tile. `right(p, depth)` gives the first panel, the distance of panels per column, and the row
-/// step.
-template <class C>
-struct Right {
-  const C* data;
-  int64_t panel_stride, step;
+  void finish(int64_t m, int64_t n, Matrix<Out> out) const {
+    for (int64_t i = 0; staged && i < m; ++i)
+      for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<Out>(first.out[i * first.out_stride + j]);
+  }
 };
-template <class T, class C, class Out, class RightOf>
-void multiply_blocks(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, RightOf right, C beta,
-                     Matrix<const Out> c, Matrix<Out> out) {
+
+/// A right operand: packed (from column `col`), read in place, or packed block by block.
+template <class T, class C>
+struct RightOperand {
+  enum class Kind { packed, in_place, to_pack } kind;
+  Packed<C> panels;
+  Matrix<const T> matrix;
+  int64_t col, cols;
+
+  struct Block {
+    const C* data;               ///< the first panel
+    int64_t panel_stride, step;  ///< elements from panel to panel, per column; from row to row
+  };
+  Block block(int64_t p, int64_t depth) const {
+    const int64_t width = micro_kernels<C>().cols;
+    if (kind == Kind::packed) return {panels.panel(p, depth, col), depth, width};
+    if constexpr (std::is_same_v<T, C>)
+      if (kind == Kind::in_place) return {matrix.data + p * matrix.row_stride, 1, matrix.row_stride};
+    C* const packed = thread_scratch<C>(Slot::right, depth * padded_cols<C>(cols));
+    pack_block(matrix.block(p, 0), 0, depth, 0, cols, packed, padded_cols<C>(cols));
+    return {packed, depth, width};
+  }
+};
+
+/// All blocks of K of one tile.
+template <class T, class C, class Out>
+void multiply_blocks(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, const RightOperand<T, C>& right,
+                     C beta, Matrix<const Out> c, Matrix<Out> out) {
   if (m == 0 || n == 0) return;
+  if (k == 0) return scale_addend(m, n, beta, c, out);
   const int64_t rows = micro_kernels<C>().rows, strips = (m + rows - 1) / rows;
-  with_output<Out, C>(
-      m, n, beta, c, out, [&](C factor, const C* addend, int64_t addend_stride, C* to, int64_t to_stride) {
-        if (k == 0)
-          return scale_addend(m, n, factor, Matrix<const C>{addend, addend_stride, 1}, Matrix<C>{to, to_stride, 1});
-        for (int64_t p = 0; p < k; p += k_block) {
-          const int64_t depth = std::min(k_block, k - p);
-          const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth);
-          const Right<C> b = right(p, depth);
-          const MicroOutput<C> first{to, to_stride, addend, addend_stride, alpha, factor},
-              next{to, to_stride, to, to_stride, alpha, 1};
-          multiply_block(m, n, depth, left, strips, b.data, b.panel_stride, b.step, p == 0 ? first : next);
-        }
-      });
+  const Accumulator<C, Out> to(m, n, alpha, beta, c, out);
+  for (int64_t p = 0; p < k; p += k_block) {
+    const int64_t depth = std::min(k_block, k - p);
+    const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth);
+    const auto b = right.block(p, depth);
+    multiply_block(m, n, depth, left, strips, b.data, b.panel_stride, b.step, p == 0 ? to.first : to.next);
+  }
+  to.finish(m, n, out);
 }
 
 }  // namespace detail
@@ -276,38 +302,19 @@ Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed) {
 template <class T, class C, class Out>
 void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
                      std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
-  const int64_t width = micro_kernels<C>().cols;
-  detail::multiply_blocks<T, C, Out>(
-      m, n, k, alpha, a,
-      [&](int64_t p, int64_t depth) -> detail::Right<C> {
-        return {b.panel(p, depth, col), depth, width};
-      },
-      beta, c, out);
+  using Right = detail::RightOperand<T, C>;
+  detail::multiply_blocks<T, C, Out>(m, n, k, alpha, a, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
 }
 
 template <class T, class C, class Out>
 void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
               std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
+  using Right = detail::RightOperand<T, C>;
   const MicroKernels<C>& kernels = micro_kernels<C>();
-  const int64_t cols = padded_cols<C>(n);
-  if constexpr (std::is_same_v<T, C>) {
-    const bool used_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
-    if (b.col_stride == 1 && n == cols && used_once)
-      return detail::multiply_blocks<T, C, Out>(
-          m, n, k, alpha, a,
-          [&](int64_t p, int64_t) -> detail::Right<C> {
-            return {b.data + p * b.row_stride, 1, b.row_stride};
-          },
-          beta, c, out);
-  }
-  detail::multiply_blocks<T, C, Out>(
-      m, n, k, alpha, a,
-      [&](int64_t p, int64_t depth) -> detail::Right<C> {
-        C* packed = thread_scratch<C>(Slot::right, depth * cols);
-        pack_block(b.block(p, 0), 0, depth, 0, n, packed, cols);
-        return {packed, depth, kernels.cols};
-      },
-      beta, c, out);
+  const bool read_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
+  const bool in_place = std::is_same_v<T, C> && read_once && b.col_stride == 1 && n % kernels.cols == 0;
+  const Right right{in_place ? Right::Kind::in_place : Right::Kind::to_pack, {}, b, 0, n};
+  detail::multiply_blocks<T, C, Out>(m, n, k, alpha, a, right, beta, c, out);
 }
 
 }  // namespace knock::cpu
