@@ -28,11 +28,14 @@
 #define KNOCK_HD
 #endif
 
-// KNOCK_SIMD before a loop states that its iterations are independent, so that the compiler vectorises it.
-#if defined(_OPENMP)
-#define KNOCK_SIMD _Pragma("omp simd")
+// KNOCK_SIMD before a loop states that its iterations are independent, so that the compiler vectorises it. Where clang
+// finds no way to (at -O0, or for types without vectors) it is not to warn.
+#if defined(__clang__) && defined(_OPENMP)
+#define KNOCK_SIMD _Pragma("clang diagnostic ignored \"-Wpass-failed\"") _Pragma("omp simd")
 #elif defined(__clang__)
-#define KNOCK_SIMD _Pragma("clang loop vectorize(assume_safety)")
+#define KNOCK_SIMD _Pragma("clang diagnostic ignored \"-Wpass-failed\"") _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(_OPENMP)
+#define KNOCK_SIMD _Pragma("omp simd")
 #elif defined(__GNUC__)
 #define KNOCK_SIMD _Pragma("GCC ivdep")
 #else

@@ -83,6 +83,11 @@ TEST_CASE("math: edges of exp and its kin") {
   CHECK(math::exp(-104.0F) == 0.0F);
   CHECK(math::exp(-103.0F) == 0x1p-149F);  // the smallest denormal
   CHECK(std::isnan(math::exp(quiet_nan)));
+  CHECK(std::isnan(math::exp_down(quiet_nan)));
+  bool same = true;
+  for (float x = 0; x > -110; x -= 0.0137F) same = same && math::exp_down(x) == math::exp(x);
+  CHECK(same);
+  CHECK(math::exp_down(-infinity) == 0.0F);
   CHECK(math::expm1(-infinity) == -1.0F);
   CHECK(math::expm1(infinity) == infinity);
   CHECK(math::log(0x1p-149F) == doctest::Approx(-149 * 0.693147180559945));

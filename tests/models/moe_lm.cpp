@@ -25,7 +25,9 @@ MoeLmConfig small_config() {
 }  // namespace
 
 TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after four AdamW steps") {
-  for (const auto& [name, options] : golden_cases("lm/")) {
+  for (const auto& golden_case : golden_cases("lm/")) {
+    const auto& name = golden_case.first;
+    const auto& options = golden_case.second;
     INFO(name);
     const bool tie = options["tie"];
     MoeLm model(golden_config(tie));
@@ -51,9 +53,9 @@ TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after f
       optimizer.zero_grad();
     }
     const StateDict after = model.state_dict();
-    for (const auto& [parameter, value] : golden_group(name, "after")) {
-      INFO(parameter);
-      CHECK(distance(after.at(parameter), value) <= 1e-8);  // AdamW divides by the root of tiny second moments
+    for (const auto& entry : golden_group(name, "after")) {
+      INFO(entry.first);
+      CHECK(distance(after.at(entry.first), entry.second) <= 1e-8);  // AdamW divides by the root of tiny second moments
     }
 
     model.load_state_dict(start);

@@ -59,7 +59,9 @@ AttentionOptions small(Knock q, Knock k, Knock v) {
 
 TEST_CASE("attention: equals PyTorch, output and every gradient") {
   int count = 0;
-  for (const auto& [name, options] : golden_cases("attention/")) {
+  for (const auto& golden_case : golden_cases("attention/")) {
+    const auto& name = golden_case.first;
+    const auto& options = golden_case.second;
     INFO(name);
     const auto block = golden_block(name, options);
     const Tensor x = golden().at(name + "/x").clone().requires_grad_();
@@ -74,7 +76,9 @@ TEST_CASE("attention: equals PyTorch, output and every gradient") {
 }
 
 TEST_CASE("attention: in f32 and bf16 within their precision of PyTorch") {
-  for (const auto& [name, options] : golden_cases("attention/")) {
+  for (const auto& golden_case : golden_cases("attention/")) {
+    const auto& name = golden_case.first;
+    const auto& options = golden_case.second;
     INFO(name);
     const auto block = golden_block(name, options);
     block->to(DType::f32);
@@ -107,8 +111,8 @@ TEST_CASE("attention: absorbed knocks give the same output and vanish") {
       const Tensor before = block->forward(x).detach();
       block->absorb_knocks();
       CHECK(distance(block->forward(x), before) <= tolerance);
-      for (const auto& [name, parameter] : block->named_parameters())
-        CHECK_MESSAGE(name.find("knock") == std::string::npos, name);
+      for (const auto& entry : block->named_parameters())
+        CHECK_MESSAGE(entry.first.find("knock") == std::string::npos, entry.first);
       block->absorb_knocks();  // a second time changes nothing
       CHECK(distance(block->forward(x), before) <= tolerance);
     }

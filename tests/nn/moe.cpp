@@ -47,7 +47,9 @@ struct Operands {
 
 TEST_CASE("moe: equals PyTorch, output, losses, load and every gradient") {
   int count = 0;
-  for (const auto& [name, options] : golden_cases("moe/")) {
+  for (const auto& golden_case : golden_cases("moe/")) {
+    const auto& name = golden_case.first;
+    const auto& options = golden_case.second;
     INFO(name);
     MoE moe(options_of(options));
     moe.to(DType::f64);
@@ -67,11 +69,13 @@ TEST_CASE("moe: equals PyTorch, output, losses, load and every gradient") {
 }
 
 TEST_CASE("moe: fused experts equal the composite, value and gradients") {
-  for (const auto& [dtype, tolerance] : {std::pair{DType::f64, 1e-12}, {DType::f32, 1e-5}, {DType::bf16, 6e-2}}) {
-    for (const auto& [n, k, e, c, f] :
+  for (const auto& precision : {std::pair{DType::f64, 1e-12}, {DType::f32, 1e-5}, {DType::bf16, 6e-2}}) {
+    const DType dtype = precision.first;
+    const double tolerance = precision.second;
+    for (const auto& extents :
          {std::array<int64_t, 5>{13, 2, 5, 7, 6}, {1, 1, 4, 3, 1}, {300, 3, 6, 33, 17}, {0, 2, 4, 5, 3}}) {
-      INFO(to_text(dtype), " n ", n);
-      const Operands o(n, k, e, c, f, dtype);
+      INFO(to_text(dtype), " n ", extents[0]);
+      const Operands o(extents[0], extents[1], extents[2], extents[3], extents[4], dtype);
       const Tensor fused = moe_experts(o.x, o.indices, o.weights, o.gate, o.up, o.down);
       const Tensor composite = composite::moe_experts(o.x, o.indices, o.weights, o.gate, o.up, o.down);
       CHECK(distance(fused, composite) <= tolerance);

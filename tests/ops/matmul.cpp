@@ -64,9 +64,10 @@ TEST_CASE("matmul: exact on integers, every instruction set, dtype and layout, a
   for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
     if (isa > cpu::machine_isa()) continue;
     cpu::set_isa(isa);
-    for (const auto& [m, n, k] : shapes)
+    for (const auto& extents : shapes)
       for (const DType dtype : {DType::f32, DType::f64, DType::bf16})
         for (int layout = 0; layout < 16; ++layout) {
+          const int64_t m = extents[0], n = extents[1], k = extents[2];
           if (m * n * k > 100000 && layout % 5 != 0)
             continue;  // equal layouts of both operands suffice for the large ones
           INFO(text(isa, " ", m, " ", n, " ", k, " ", dtype, " layouts ", layout));

@@ -39,6 +39,7 @@ const std::vector<Named>& floating_ops() {
       {"reciprocal", [](const Tensor& x) { return reciprocal(x); }, 0.5, 2},
       {"square", [](const Tensor& x) { return square(x); }, -2, 2},
       {"pow 3", [](const Tensor& x) { return pow(x, 3); }, -2, 2},
+      {"pow 4", [](const Tensor& x) { return pow(x, 4); }, -2, 2},
       {"pow 1.7", [](const Tensor& x) { return pow(x, 1.7); }, 0.5, 2},
       {"sin", [](const Tensor& x) { return sin(x); }, -2, 2},
       {"cos", [](const Tensor& x) { return cos(x); }, -2, 2},

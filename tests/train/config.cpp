@@ -128,7 +128,8 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
   REQUIRE(names.size() == other_values.size());
   Config all;
   for (std::size_t i = 0; i < names.size(); ++i) {
-    const auto& [name, value] = other_values[i];
+    const auto& name = other_values[i].first;
+    const auto& value = other_values[i].second;
     CAPTURE(name);
     CHECK(names[i] == name);
     Config one;
@@ -217,7 +218,9 @@ TEST_CASE("config: one clear line for what is unknown or impossible") {
       {{"optim.warmup=5000"}, "optim.warmup"},
       {{std::string(5000, 'x') + ".y=1"}, "unknown key xxx"},
   };
-  for (const auto& [assignments, part] : cases) {
+  for (const auto& wrong : cases) {
+    const auto& assignments = wrong.first;
+    const auto& part = wrong.second;
     CAPTURE(assignments[0].substr(0, 100));
     const std::string message = error_of([&a = assignments] { with(a); });
     check_line("train: " + train::one_line(message), part);
@@ -239,7 +242,9 @@ TEST_CASE("config: errors of a file name it") {
       {"[train]\nsteps = 2020-01-01\n", "train.steps must be an integer"},
       {"[model]\nlayers = 0\n", "model.layers = 0 is impossible"},
   };
-  for (const auto& [toml, part] : cases) {
+  for (const auto& wrong : cases) {
+    const auto& toml = wrong.first;
+    const auto& part = wrong.second;
     CAPTURE(toml);
     const std::string message = error_of([&t = toml] { train::check_config(train::parse_config(t, "my.toml")); });
     check_line("train: " + train::one_line(message), part);

@@ -81,7 +81,9 @@ bool same_bits(const Tensor& a, const Tensor& b) {
 void check_same_bits(const StateDict& a, const StateDict& b) {
   REQUIRE(a.size() == b.size());
   auto other = b.begin();
-  for (const auto& [name, tensor] : a) {
+  for (const auto& entry : a) {
+    const auto& name = entry.first;
+    const Tensor& tensor = entry.second;
     CAPTURE(name);
     CHECK(other->first == name);
     CHECK(same_bits(tensor, other->second));
@@ -272,7 +274,9 @@ TEST_CASE("trainer: two micro-batches of four move the weights like one batch of
                   b = train::open_checkpoint(bench.folder / "at_once").model_state();
   REQUIRE(a.size() == b.size());
   auto other = b.begin();
-  for (const auto& [name, tensor] : a) {
+  for (const auto& entry : a) {
+    const auto& name = entry.first;
+    const Tensor& tensor = entry.second;
     CAPTURE(name);
     const auto x = tensor.to_vector<float>(), y = (other++)->second.to_vector<float>();
     double worst = 0;

@@ -23,7 +23,7 @@ struct DataConfig {
 enum class Precision : uint8_t { f32, bf16 };
 
 struct TrainOptions {
-  int64_t steps = 2500;
+  int64_t steps = 2000;
   int64_t batch_size = 8;
   int64_t seq_len = 256;
   int64_t grad_accum = 1;
