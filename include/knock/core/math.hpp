@@ -116,6 +116,12 @@ KNOCK_HD inline float exp(float x) {
   return (1 + detail::expm1_reduced(r)) * detail::power_of_two(half) * detail::power_of_two(n - half);
 }
 
+/// exp for x <= 0, in fewer steps; the same bits.
+KNOCK_HD inline float exp_down(float x) {
+  const auto [n, r] = detail::reduce_exponent(x < -104.0F ? -104.0F : x);
+  return (1 + detail::expm1_reduced(r)) * detail::power_of_two(n + 64) * 0x1p-64F;
+}
+
 KNOCK_HD inline float expm1(float x) {
   const float raised = x < -18.0F ? -18.0F : x;  // below: -1
   const auto [n, r] = detail::reduce_exponent(raised > 89.0F ? 89.0F : raised);
@@ -156,7 +162,7 @@ KNOCK_HD inline float tanh(float x) {
 
 /// 1 / (1 + e^-x) with e^-|x|, which cannot overflow
 KNOCK_HD inline float sigmoid(float x) {
-  const float e = exp(-std::fabs(x));
+  const float e = exp_down(-std::fabs(x));
   return (x < 0 ? e : 1.0F) / (1.0F + e);
 }
 
@@ -166,7 +172,7 @@ KNOCK_HD inline float erf(float x) {
   const float a = std::fabs(x), clamped = a > 4.0F ? 4.0F : a;
   const float t = polynomial(clamped, 0x1.0790e6p-3F, 0x1.451abap-1F, 0x1.b459b2p-4F, -0x1.89617ap-6F, 0x1.ec7fcep-9F,
                              -0x1.6f9ef8p-12F, 0x1.d47f58p-17F);
-  const float far = 1 - exp(-multiply_add(clamped, t, clamped));
+  const float far = 1 - exp_down(-multiply_add(clamped, t, clamped));
   return a < 1 ? multiply_add(x, s, x) : std::copysign(far, x);
 }
 
@@ -225,7 +231,7 @@ struct Normal {
 
 /// The lower tail keeps a relative accuracy of 1e-6 and the rounding of x^2 / 2.
 KNOCK_HD inline Normal<float> normal(float x) {
-  const float bell = exp(-0.5F * x * x);
+  const float bell = exp_down(-0.5F * x * x);
   const float a = std::fabs(x), clamped = a > 15.0F ? 15.0F : a;  // bell is 0 there
   const float w = -0.34F * clamped / multiply_add(clamped, 0.34F, 1.0F);
   const float m = polynomial(w, 0x1.000000p-1F, 0x1.2c6134p+0F, 0x1.fa7af2p-1F, 0x1.d89666p-3F, -0x1.50355ep-3F,
@@ -237,6 +243,7 @@ KNOCK_HD inline Normal<float> normal(float x) {
 KNOCK_HD inline double pow(double a, double b) { return std::pow(a, b); }
 KNOCK_HD inline double sin(double x) { return std::sin(x); }
 KNOCK_HD inline double cos(double x) { return std::cos(x); }
+KNOCK_HD inline double exp_down(double x) { return std::exp(x); }
 KNOCK_HD inline double exp(double x) { return std::exp(x); }
 KNOCK_HD inline double expm1(double x) { return std::expm1(x); }
 KNOCK_HD inline double log(double x) { return std::log(x); }

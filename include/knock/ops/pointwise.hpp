@@ -210,6 +210,8 @@ KNOCK_FUNC Tensor pow(const Tensor& x, Scalar exponent) {
           "; convert with .to(DType::f32)");
   } else if (exponent.real == 2) {
     return square(x);
+  } else if (exponent.real == 3) {
+    return detail::unary(Unary::cube, x);
   } else if (exponent.real == 0.5) {
     return sqrt(x);
   } else if (exponent.real == -1) {

@@ -257,6 +257,17 @@ struct Square : UnaryOp<numbers, input> {
   }
 };
 
+struct Cube : UnaryOp<numbers, input> {
+  template <class T>
+  KNOCK_HD static T f(T x, Params<T> p) {
+    return wrapping(Square::f(x, p), x, [](auto a, auto b) { return a * b; });
+  }
+  template <class T>
+  KNOCK_HD static T df(T x, Params<T>) {
+    return 3 * (x * x);
+  }
+};
+
 /// x^n for integers, by squaring; a negative n gives the integer part of the fraction.
 template <class T>
 KNOCK_HD T integer_power(T x, T n) {
@@ -347,7 +358,7 @@ struct Sigmoid : UnaryOp<floats, output> {
 struct LogSigmoid : UnaryOp<floats, input> {
   template <class T>
   KNOCK_HD static T f(T x, Params<T>) {
-    return (x > 0 ? T(0) : x) - math::log1p(math::exp(-std::fabs(x)));
+    return (x > 0 ? T(0) : x) - math::log1p(math::exp_down(-std::fabs(x)));
   }
   template <class T>
   KNOCK_HD static T df(T x, Params<T>) {
@@ -453,7 +464,7 @@ struct Mish : UnaryOp<floats, input> {
   // tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); written with e^-|x| against overflow
   template <class T>
   KNOCK_HD static T gate(T x) {
-    const T e = math::exp(-std::fabs(x));
+    const T e = math::exp_down(-std::fabs(x));
     const T n = x > 0 ? 1 + 2 * e : e * (e + 2);
     const T two = x > 0 ? 2 * e * e : T(2);
     return n / (n + two);
@@ -679,6 +690,7 @@ struct LogicalXor : BinaryOp<predicate> { template <class T> KNOCK_HD static T f
   X(rsqrt,       Rsqrt,      -0.5 * dy * (y * y * y))                                   \
   X(reciprocal,  Reciprocal, -dy * (y * y))                                             \
   X(square,      Square,     dy * (2 * x))                                              \
+  X(cube,        Cube,       dy * (3 * square(x)))                                      \
   X(pow,         PowScalar,  p.a == 0 ? zeros_like(dy) : dy * (p.a * pow(x, p.a - 1)))  \
   X(sin,         Sin,        dy * cos(x))                                               \
   X(cos,         Cos,        -dy * sin(x))                                              \
