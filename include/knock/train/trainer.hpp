@@ -324,7 +324,7 @@ KNOCK_FUNC void Trainer::report(Evaluation& evaluation) {
   const bool last = state_.step >= t.steps;
   if (last) save();  // the evaluation of all the text takes its time
   std::string sampled;
-  if (due(t.eval_every)) evaluation = last ? evaluate(0, t.seq_len / 2) : evaluate(t.eval_tokens, 0);
+  if (due(t.eval_every)) evaluation = evaluate(last ? 0 : t.eval_tokens, t.seq_len / 2);
   if (due(t.sample_every) && t.sample_tokens > 0) sampled = sample_text();
   if (stop_requested) return;
   if (due(t.eval_every) && evaluation.tokens > 0)
