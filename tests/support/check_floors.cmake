@@ -4,6 +4,7 @@
 # 2. cpu/ is included by cpu/ and knock.hpp alone; the trainer's side by itself alone.
 # 3. Eigen belongs to cpu/; the trainer's libraries to the trainer's side.
 cmake_minimum_required(VERSION 3.25)
+cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 
 set(floors  # one row each, lowest first: regular expressions on the path without .hpp
   "config|fwd"
