@@ -16,16 +16,18 @@ namespace {
 
 const char* const usage =
     R"(usage: ./run train [CONFIG.toml] [--section.key=value ...] [--resume DIR] [--dry-run] [--help]
+       ./run curves DIR
 
 Trains a language model on text, by default on six novels with one held out. CONFIG.toml and the keys after it change
 the defaults below. --resume DIR goes on from a run's newest checkpoint (or from that checkpoint), with the same bits as
 if it had never stopped; keys given besides replace the saved ones. --dry-run prints the configuration, the sizes and
-the costs, and trains nothing. Ctrl-C and SIGTERM save a checkpoint and end the run with exit code 0.
+the costs, and trains nothing. Ctrl-C and SIGTERM save a checkpoint and end the run with exit code 0. ./run curves draws
+DIR/curves.html from DIR/log.jsonl at any time, also while the run goes on.
 
 )";
 
 struct Arguments {
-  std::string config, resume;
+  std::string config, resume, curves;
   std::vector<std::string> overrides;
   bool dry_run = false, help = false;
 };
@@ -43,9 +45,12 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
       out.help = true;
     } else if (word == "--dry-run") {
       out.dry_run = true;
-    } else if (word == "--resume" || word.starts_with("--resume=")) {
-      const bool joined = word.size() > 8;
-      out.resume = joined ? word.substr(9) : i + 1 < words.size() ? words[++i] : "";
+    } else if (word == "--resume" || word == "--curves") {
+      std::string& folder = word == "--resume" ? out.resume : out.curves;
+      if (i + 1 < words.size()) folder = words[++i];
+      if (folder.empty()) throw UsageError(word + " needs a folder");
+    } else if (word.starts_with("--resume=")) {
+      out.resume = word.substr(9);
       if (out.resume.empty()) throw UsageError("--resume needs a folder");
     } else if (word.starts_with("--") && word.find('.') != std::string::npos) {
       std::string assignment = word.substr(2);
@@ -153,6 +158,12 @@ int main(int argc, char** argv) {
     const Arguments arguments = parse_arguments({argv + 1, argv + argc});
     if (arguments.help) {
       std::printf("%s%s", usage, train::help_text().c_str());
+      return 0;
+    }
+    if (!arguments.curves.empty()) {
+      const std::string page = arguments.curves + "/curves.html";
+      train::write_curves(arguments.curves + "/log.jsonl", page);
+      std::printf("%s\n", page.c_str());
       return 0;
     }
     // A terminal or a reader of the output that goes away ends the run like Ctrl-C; under nohup it goes on.

@@ -52,6 +52,7 @@ TEST_CASE("train_lm: wrong usage has exit code 2") {
                                                         {"-x", "unknown option -x"},
                                                         {"--resume", "--resume needs a folder"},
                                                         {"--resume=", "--resume needs a folder"},
+                                                        {"--curves", "--curves needs a folder"},
                                                         {"--train.steps", "--train.steps needs a value"},
                                                         {"a.toml b.toml", "two configuration files"}})
     check_failure(run(program("train_lm") + arguments), part, 2);
@@ -205,6 +206,22 @@ TEST_CASE("train_lm: Ctrl-C and its kin save, exit with 0, and the run goes on")
     check_success(more);
     CHECK(contains(more.out, "step " + std::to_string(step + 2) + "/" + std::to_string(step + 2)));
   }
+}
+
+TEST_CASE("train_lm: curves from the log at any time, while the folder is the run's own") {
+  const TinyTraining tiny;
+  const std::string endless = "--train.steps=100000000 --train.sample_tokens=0 --train.eval_every=0";
+  const std::string log = tiny.folder / "run/log.jsonl", page = tiny.folder / "run/curves.html";
+  const Outcome outcome =
+      run(tiny.command(endless) + " & p=$!; for i in $(seq 600); do [ -s " + log + " ] && break; sleep 0.05; done; " +
+          program("train_lm") + "--curves " + (tiny.folder / "run") + "; grep -c '<svg' " + page + "; " +
+          tiny.command(endless) + "; echo second: $?; kill $p; wait $p");
+  CHECK(outcome.code == 0);
+  CHECK(contains(outcome.out, page + "\n"));
+  CHECK(contains(outcome.out, "second: 1"));
+  CHECK(contains(outcome.err, "another process is writing into " + (tiny.folder / "run")));
+  CHECK_FALSE(fs::exists(tiny.folder / "run/earlier-1"));
+  check_failure(run(program("train_lm") + "--curves /nowhere"), "/nowhere/log.jsonl");
 }
 
 TEST_CASE("train_lm: a reader of the output that goes away ends the run like Ctrl-C") {

@@ -53,18 +53,6 @@ TEST_CASE("log: printable") {
   CHECK(train::printable("\x1b[31m\x7f") == "\xef\xbf\xbd[31m\xef\xbf\xbd");
 }
 
-TEST_CASE("log: a folder that cannot be made is named") {
-  const test::TemporaryFolder folder;
-  train::RunLog log(folder.write("file", "x") + "/run", 10);
-  std::string message;
-  try {
-    log.begin(0, "");
-  } catch (const Error& error) {
-    message = error.what();
-  }
-  CHECK(message.find(folder / "file/run") != std::string::npos);
-}
-
 TEST_CASE("curves: a page with a chart for all that the log holds") {
   const std::string page = page_of(step_line + second_line + "{\"step\":2,\"val_loss\":4.0,\"val_bpb\":2.0}\n" +
                                    R"({"step":2,"sample":"a <b> & \"c\" é"})" + "\n");

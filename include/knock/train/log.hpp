@@ -30,7 +30,7 @@ std::string printable(std::string_view text);
 
 class RunLog {
  public:
-  /// Prints to standard output: one line that renews itself on a terminal, plain lines otherwise.
+  /// Prints to standard output: one line that renews itself on a terminal, plain lines otherwise. `out_dir` exists.
   RunLog(std::string out_dir, int64_t total_steps);
   ~RunLog();
   RunLog(const RunLog&) = delete;
@@ -134,9 +134,6 @@ KNOCK_FUNC RunLog::~RunLog() {
 }
 
 KNOCK_FUNC void RunLog::begin(int64_t step, const std::string& history) {
-  std::error_code error;
-  std::filesystem::create_directories(out_dir_, error);
-  check(!error, "train", "cannot make the folder ", out_dir_, ": ", error.message());
   io::write_file(path(), history);
   file_ = std::fopen(path().c_str(), "a");
   check(file_ != nullptr, "train", "cannot write ", path(), ": ", io::system_message(errno));
@@ -157,7 +154,8 @@ KNOCK_FUNC void RunLog::step(const StepRecord& r) {
                                 {"step_s", r.step_s},
                                 {"load_entropy", r.load_entropy}}
              .dump());
-  seconds_per_step_ = seconds_per_step_ == 0 ? r.step_s : 0.95 * seconds_per_step_ + 0.05 * r.step_s;
+  const bool first = r.step <= last_step_ + 2;  // the first step also fills the allocator; the second starts anew
+  seconds_per_step_ = first ? r.step_s : 0.95 * seconds_per_step_ + 0.05 * r.step_s;
   const double left = seconds_per_step_ * static_cast<double>(total_steps_ - r.step);
   const std::string line = detail::format("step %lld/%lld  loss %.4f  %.0f tokens/s  lr %.2e  grad norm %.2f  ETA %s",
                                           static_cast<long long>(r.step), static_cast<long long>(total_steps_), r.loss,

@@ -110,6 +110,7 @@ std::string describe(const Config& config);
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_TRAIN_TRAINER)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/core/parallel.hpp>
+#include <knock/io/folder.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/view.hpp>
@@ -253,6 +254,7 @@ KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
 
 KNOCK_FUNC RunResult Trainer::run() {
   const TrainOptions& t = config_.train;
+  const io::FolderLock lock(t.out_dir);
   begin_log();
   model_->train();
   RunResult result;
