@@ -1,8 +1,7 @@
 // seconds and memory of a training step: forward, backward, clipping and AdamW, on random tokens
 //
-//   ./run bench train_step [--config tiny|small|long|many|dense|default] [--precision f32|bf16] [--threads N] [--steps
-//   N]
-//                          [--json] [--model.key=value ...]
+//   ./run bench train_step [--config tiny|small|long|many|dense|default] [--precision f32|bf16] [--threads N]
+//                          [--steps N] [--json] [--model.key=value ...]
 //
 // FLOPs are counted as 6 times the active matrix weights a token (router and output head included, the look-up not)
 // plus 6 q_heads head_dim T a layer and token for causal attention: see models::cost.
@@ -93,8 +92,12 @@ double peak_rss_mib() {
   return static_cast<double>(usage.ru_maxrss) / 1024;
 }
 
-/// Seconds of each of the timed steps, after two to warm up.
-std::vector<double> time_steps(const train::Config& c, int steps) {
+struct Timing {
+  std::vector<double> seconds;  ///< of each timed step, after two to warm up, sorted
+  int last_allocation = 0;      ///< the last step, counted from 1, that took memory from the system
+};
+
+Timing time_steps(const train::Config& c, int steps) {
   manual_seed(1);
   models::MoeLm model(c.model);
   if (c.train.precision == train::Precision::bf16) model.set_compute_dtype(DType::bf16);
@@ -104,24 +107,28 @@ std::vector<double> time_steps(const train::Config& c, int steps) {
   const Tensor text = randint(0, c.model.vocab_size, {batch, tokens + 1});
   const Tensor inputs = text.narrow(1, 0, tokens).contiguous(),
                targets = text.narrow(1, 1, tokens).reshape({batch * tokens});
-  std::vector<double> seconds;
+  Timing out;
+  std::vector<double>& seconds = out.seconds;
   for (int i = 0; i < steps + 2; ++i) {
+    const auto allocations = memory::stats().system_allocations;
     const auto start = std::chrono::steady_clock::now();
     cross_entropy(model(inputs).reshape({batch * tokens, c.model.vocab_size}), targets).backward();
     optimizer.step(optim::clip_factor(optim::grad_norm(parameters), 1.0));
     optimizer.zero_grad();
     for (nn::MoE* moe : model.moe_layers()) moe->update_bias();
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    if (memory::stats().system_allocations != allocations) out.last_allocation = i + 1;
   }
   seconds.erase(seconds.begin(), seconds.begin() + 2);
   std::sort(seconds.begin(), seconds.end());
-  return seconds;
+  return out;
 }
 
 void run(const Arguments& arguments) {
   const train::Config& c = arguments.trainer;
   if (c.train.threads > 0) set_num_threads(static_cast<int>(c.train.threads));
-  const std::vector<double> seconds = time_steps(c, arguments.steps);
+  const Timing timing = time_steps(c, arguments.steps);
+  const std::vector<double>& seconds = timing.seconds;
   const double step = seconds[seconds.size() / 2];
   const auto tokens = static_cast<double>(c.train.batch_size * c.train.seq_len);
   const double gflop = models::cost(c.model, c.train.seq_len).training_flops_per_token * tokens / 1e9;
@@ -131,11 +138,12 @@ void run(const Arguments& arguments) {
       arguments.json
           ? "{\"config\":\"%s\",\"precision\":\"%s\",\"threads\":%d,\"step_s\":%.6f,\"step_s_min\":%.6f,\"step_s_max\":"
             "%.6f,"
-            "\"tokens_per_s\":%.1f,\"gflop\":%.2f,\"gflops_per_s\":%.2f,\"peak_rss_mib\":%.1f,\"isa\":\"%s\"}\n"
+            "\"tokens_per_s\":%.1f,\"gflop\":%.2f,\"gflops_per_s\":%.2f,\"peak_rss_mib\":%.1f,\"isa\":\"%s\",\"last_"
+            "allocation\":%d}\n"
           : "%s %s, %d threads: %.4f s a step (%.4f to %.4f), %.0f tokens/s, %.1f GFLOP, %.1f GFLOP/s, peak %.0f MiB, "
-            "%s\n";
+            "%s, last system allocation in step %d\n";
   std::printf(pattern, arguments.config.c_str(), precision, num_threads(), step, seconds.front(), seconds.back(),
-              tokens / step, gflop, gflop / step, peak_rss_mib(), isa.c_str());
+              tokens / step, gflop, gflop / step, peak_rss_mib(), isa.c_str(), timing.last_allocation);
 }
 
 }  // namespace
