@@ -170,10 +170,30 @@ TEST_CASE("loader: evaluation predicts every token once and counts its bytes") {
     }
 }
 
+TEST_CASE("loader: a sparse evaluation takes every so many windows, from the first to the end of the text") {
+  const std::vector<int32_t> tokens = counting(50);
+  for (const int64_t every : {1, 2, 3, 5, 100}) {
+    SequentialWindows all(tokens, {.seq_len = 8, .context = 3}),
+        some(tokens, {.seq_len = 8, .context = 3, .every = every});
+    Batch window, expected;
+    int64_t count = 0;
+    for (int64_t i = 0; all.next(1, expected); ++i) {
+      if (i % every != 0) continue;
+      REQUIRE(some.next(1, window));
+      CHECK(window.inputs == expected.inputs);
+      CHECK(window.targets == expected.targets);
+      ++count;
+    }
+    CHECK_FALSE(some.next(1, window));
+    CHECK(count == some.size());
+  }
+}
+
 TEST_CASE("loader: evaluation refuses what it cannot do") {
   const std::vector<int32_t> tokens = counting(20);
   Batch batch;
   CHECK_THROWS_AS(SequentialWindows(tokens, {.seq_len = 0}), Error);
+  CHECK_THROWS_AS(SequentialWindows(tokens, {.seq_len = 8, .every = 0}), Error);
   CHECK_THROWS_WITH_AS(SequentialWindows(tokens, {.seq_len = 8, .context = 8}), doctest::Contains("context 8"), Error);
   CHECK_THROWS_WITH_AS(SequentialWindows(std::span(tokens).first(1), {.seq_len = 8}),
                        doctest::Contains("no token to predict"), Error);

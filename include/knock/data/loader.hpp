@@ -68,6 +68,7 @@ class ShuffledWindows {
 struct SequentialOptions {
   int64_t seq_len = 0;
   int64_t context = 0;                          ///< first inputs of a window that only repeat the end of the one before
+  int64_t every = 1;                            ///< takes one window of so many, spread over the text
   std::span<const int32_t> token_lengths = {};  ///< bytes of each token id: fills Batch::target_bytes
 };
 
@@ -184,20 +185,22 @@ KNOCK_FUNC SequentialWindows::SequentialWindows(std::span<const int32_t> tokens,
   check(options.seq_len > 0, "loader", "seq_len ", options.seq_len, " is not positive");
   check(options.context >= 0 && options.context < options.seq_len, "loader", "context ", options.context,
         " is not between 0 and seq_len - 1 = ", options.seq_len - 1);
+  check(options.every > 0, "loader", "every ", options.every, " is not positive");
   check(tokens.size() > 1, "loader", "the validation text has no token to predict");
 }
 
 KNOCK_FUNC int64_t SequentialWindows::size() const {
   // The first window has seq_len targets, each one after it seq_len - context.
   const int64_t targets = static_cast<int64_t>(tokens_.size()) - 1, stride = options_.seq_len - options_.context;
-  return targets <= options_.seq_len ? 1 : 1 + (targets - options_.seq_len + stride - 1) / stride;
+  const int64_t windows = targets <= options_.seq_len ? 1 : 1 + (targets - options_.seq_len + stride - 1) / stride;
+  return (windows + options_.every - 1) / options_.every;
 }
 
 KNOCK_FUNC bool SequentialWindows::next(int64_t max_rows, Batch& batch) {
   check(max_rows > 0, "loader", "batch size ", max_rows, " is not positive");
   const int64_t rows = std::min(max_rows, size() - at_);
   detail::resize(batch, rows, options_.seq_len);
-  for (int64_t row = 0; row < rows; ++row) fill_row(at_++, row, batch);
+  for (int64_t row = 0; row < rows; ++row) fill_row(at_++ * options_.every, row, batch);
   return rows > 0;
 }
 

@@ -53,8 +53,9 @@ class Trainer {
   /// unless this one goes on from its newest checkpoint.
   RunResult run();
 
-  /// Mean loss and bits per byte over the validation text; at most `max_tokens` of it when that is above 0. Every token
-  /// is predicted from at least `context` tokens before it, where there are any. A requested stop cuts it short.
+  /// Mean loss and bits per byte over the validation text; when `max_tokens` is above 0 over about so many, in windows
+  /// spread over all of it. Every token is predicted from at least `context` tokens before it, where there are any. A
+  /// requested stop cuts it short.
   Evaluation evaluate(int64_t max_tokens, int64_t context);
 
   /// Called after each step, when it is in the log.
@@ -354,8 +355,10 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
   Evaluation out;
   if (valid_tokens_.size() < 2) return out;
   model_->eval();
-  data::SequentialWindows windows(valid_tokens_,
-                                  {.seq_len = t.seq_len, .context = context, .token_lengths = token_lengths_});
+  const auto all = static_cast<int64_t>(valid_tokens_.size()) - 1;
+  const int64_t every = max_tokens > 0 ? (all + max_tokens - 1) / max_tokens : 1;
+  data::SequentialWindows windows(
+      valid_tokens_, {.seq_len = t.seq_len, .context = context, .every = every, .token_lengths = token_lengths_});
   data::Batch batch;
   double nats = 0;
   int64_t bytes = 0;
@@ -367,7 +370,6 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
                 .item<double>();
     out.tokens += batch.target_tokens;
     bytes += batch.target_bytes;
-    if (max_tokens > 0 && out.tokens >= max_tokens) break;
   }
   model_->train();
   if (out.tokens == 0) return out;
