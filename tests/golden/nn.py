@@ -9,6 +9,7 @@ Tensors are named CASE/param/NAME, CASE/grad/NAME, CASE/x, CASE/y, CASE/dy, CASE
 
 import json
 import sys
+import zlib
 from pathlib import Path
 
 import torch
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-torch.manual_seed(20251)
 torch.set_default_dtype(torch.float64)
 OUT = Path(__file__).parent / "nn.safetensors"
 
@@ -139,6 +139,11 @@ def moe_shapes(o, prefix=""):
 data, meta = {}, {"torch": torch.__version__}
 
 
+def seed_by(case):
+    """Random numbers that depend on the case's name alone, so that a new case leaves the others as they are."""
+    torch.manual_seed(zlib.crc32(case.encode()))
+
+
 def store(case, options, p, x, y, dy, extra_loss=0):
     (y * dy).sum().add(extra_loss).backward()
     data[f"{case}/x"], data[f"{case}/y"], data[f"{case}/dy"], data[f"{case}/dx"] = x, y, dy, x.grad
@@ -153,6 +158,7 @@ def attention_case(case, variant, knocks, **changes):
     o = {"variant": variant, "hidden": 11, "q_heads": 6, "kv_heads": {"mha": 6, "mqa": 1, "gqa": 2}[variant], "head_dim": 4,
          "qk_norm": True, "norm_eps": 1e-5, "rope": True, "rope_dim": 0, "rope_theta": 100.0, "causal": True, "window": 0,
          "knock": dict(zip("qkv", knocks)), "positions": [0, 1, 3, 4, 8, 9, 15]} | changes
+    seed_by(f"attention/{case}")
     p = parameters(attention_shapes(o))
     x = torch.randn(2, 7, o["hidden"], requires_grad=True)
     y = attention(x, p, o)
@@ -176,6 +182,7 @@ attention_case("gqa_window", "gqa", ("none", "none", "linear"), window=3)
 def moe_case(case, **changes):
     o = {"hidden": 7, "expert_ffn": 5, "experts": 6, "top_k": 2, "router": "sigmoid", "router_bias": True,
          "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 0} | changes
+    seed_by(f"moe/{case}")
     p = parameters(moe_shapes(o), scale=0.7)
     if o["router_bias"]:
         p["gate.e_score_correction_bias"] = (torch.randn(o["experts"]) * 0.3).bfloat16().double()
@@ -213,6 +220,7 @@ def lm_case(case, tie):
         else:
             shapes |= moe_shapes(m, at + "mlp.")
     shapes |= {"model.norm.weight": (12,)} | ({} if tie else {"lm_head.weight": (V, 12)})
+    seed_by(case)
     p = parameters(shapes, scale=0.3)
     biases = {f"model.layers.{layer}.mlp.gate.e_score_correction_bias": torch.zeros(4) for layer in (1, 2)}
     tokens = torch.randint(0, V, (2, 10))
