@@ -148,6 +148,36 @@ TEST_CASE("attention: alignment of queries and keys") {
   CHECK(attend({.window = 2}) == std::vector<float>{1.5F, 3});
 }
 
+TEST_CASE("attention: hidden scores, spelled out") {
+  const Tensor ids = from_data<int64_t>({-1, 7, 7, 3, 7, 5, 5, 5, 9, 9, -4, -4}, {2, 6});
+  for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right})
+    for (const int64_t window : {0, 2})
+      for (const int64_t queries : {1, 4, 6, 8})
+        for (const Tensor& documents : {Tensor{}, ids.select(0, 0), ids}) {
+          if (documents.defined() && queries > 6 && causal != Causal::bottom_right) continue;
+          const Tensor hidden =
+              detail::hidden_scores(queries, 6, {.causal = causal, .window = window, .documents = documents}, {});
+          CHECK(hidden.defined() == (causal != Causal::none || window > 0 || documents.defined()));
+          if (!hidden.defined()) continue;
+          const int64_t batch = documents.defined() ? documents.numel() / 6 : 1;
+          std::vector<uint8_t> expected;
+          for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < queries; ++i)
+              for (int64_t j = 0; j < 6; ++j) {
+                const int64_t place = causal == Causal::bottom_right ? i + 6 - queries : i;
+                const auto id = [&](int64_t at) {
+                  return ids.to_vector<int64_t>()[static_cast<std::size_t>(b * 6 + at)];
+                };
+                expected.push_back((causal != Causal::none && j > place) ||
+                                   (window > 0 && std::abs(j - place) >= window) ||
+                                   (documents.defined() && place >= 0 && id(place) != id(j)));
+              }
+          CHECK(hidden.dtype() == DType::u8);
+          CHECK(hidden.shape() == Shape{batch, 1, queries, 6});
+          CHECK(hidden.to_vector<uint8_t>() == expected);
+        }
+}
+
 TEST_CASE("attention: a query that sees no key gives 0 and no gradient") {
   const Tensor q = leaf({1, 1, 4, 8}, DType::f32), k = leaf({1, 1, 2, 8}, DType::f32),
                v = leaf({1, 1, 2, 8}, DType::f32);

@@ -22,11 +22,16 @@ struct AttentionParams {
   std::optional<double> scale = {};  ///< 1 / sqrt(D) when absent
   double dropout = 0;                ///< probability that a weight is dropped (the others grow by 1 / (1 - dropout))
   int64_t window = 0;  ///< > 0: only keys less than `window` places away from the query's own (see `causal`)
+  /// i64 (B, Tk) or (Tk): the document that each key belongs to; a query sees only keys of its own document, the one of
+  /// the key at its place. Any numbers in any order: packed sequences number their documents, padding gets a number
+  /// that no token has, such as -1. None when undefined.
+  Tensor documents = {};
 };
 
 /// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv) -> (B, Hq, Tq, Dv); Hq is a multiple of Hkv. f32, f64, bf16.
-/// The query's own place among the keys is i, or i + Tk - Tq under Causal::bottom_right. A query that may see no key
-/// gets 0 and passes no gradient on.
+/// The query's own place among the keys is i, or i + Tk - Tq under Causal::bottom_right; `documents` need a key at
+/// every query's place: Tq <= Tk unless bottom_right, where a query before the first key sees none. A query that may
+/// see no key gets 0 and passes no gradient on.
 Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams params = {});
 
 namespace composite {
@@ -35,13 +40,22 @@ namespace composite {
 Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams params = {});
 }  // namespace composite
 
+namespace detail {
+/// (B or 1, 1, Tq, Tk) u8: 1 where `causal`, `window` and `documents` forbid to look; undefined where all three are
+/// off. `mask` has no part in it. For attention that keeps its scores: masked_fill(scores, hidden_scores(...),
+/// -infinity).
+Tensor hidden_scores(int64_t queries, int64_t keys, const AttentionParams& params, Device device);
+}  // namespace detail
+
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ATTENTION)
 #include <knock/autograd/twin.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/dropout.hpp>
+#include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
+#include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
 #include <knock/ops/view.hpp>
@@ -66,7 +80,15 @@ KNOCK_FUNC void check_attention(const Tensor& q, const Tensor& k, const Tensor& 
         " query heads are not a multiple of ", k.size(1), " key heads: q ", q, ", k ", k);
   check(params.dropout >= 0 && params.dropout < 1, op, "dropout must be in [0, 1), got ", params.dropout);
   check(params.window >= 0, op, "window must not be negative, got ", params.window);
-  check_same_device(op, {q, k, v, params.mask});
+  check_same_device(op, {q, k, v, params.mask, params.documents});
+  if (params.documents.defined()) {
+    const Tensor& documents = params.documents;
+    check(documents.dtype() == DType::i64, op, "documents must be i64, got ", documents);
+    check(documents.shape() == Shape{k.size(2)} || documents.shape() == Shape{k.size(0), k.size(2)}, op, "documents ",
+          documents, " are not (Tk) or (B, Tk) of k ", k);
+    check(q.size(2) <= k.size(2) || params.causal == Causal::bottom_right, op, "documents: q ", q,
+          " has more places than k ", k, "; every query needs a key at its own place");
+  }
   if (!params.mask.defined()) return;
   const Shape scores{q.size(0), q.size(1), q.size(2), k.size(2)};
   check(params.mask.rank() <= 4 && broadcast(params.mask.shape(), scores, op) == scores, op, "mask ", params.mask,
@@ -80,18 +102,31 @@ KNOCK_FUNC double attention_scale(const Tensor& q, const AttentionParams& params
   return params.scale ? *params.scale : 1 / std::sqrt(static_cast<double>(std::max<int64_t>(q.size(3), 1)));
 }
 
-/// (Tq, Tk) u8: 1 where `causal` and `window` forbid to look.
-KNOCK_FUNC Tensor forbidden(int64_t queries, int64_t keys, const AttentionParams& params, Device device) {
-  const int64_t shift = params.causal == Causal::bottom_right ? keys - queries : 0;
-  std::vector<uint8_t> hidden(static_cast<std::size_t>(queries * keys));
-  for (int64_t i = 0; i < queries; ++i)
-    for (int64_t j = 0; j < keys; ++j) {
-      const int64_t ahead = j - (i + shift);
-      const bool later = params.causal != Causal::none && ahead > 0;
-      const bool far = params.window > 0 && (ahead >= params.window || -ahead >= params.window);
-      hidden[static_cast<std::size_t>(i * keys + j)] = later || far;
-    }
-  return from_data(hidden, {queries, keys}).to(device);
+/// Query i stands at key i + shift.
+KNOCK_FUNC int64_t attention_shift(int64_t queries, int64_t keys, const AttentionParams& params) {
+  return params.causal == Causal::bottom_right ? keys - queries : 0;
+}
+
+KNOCK_FUNC Tensor hidden_scores(int64_t queries, int64_t keys, const AttentionParams& params, Device device) {
+  if (keys == 0) return {};
+  const TensorOptions options{.dtype = DType::i64, .device = device};
+  const int64_t shift = attention_shift(queries, keys, params);
+  const Tensor place = arange(shift, shift + queries, 1, options), own = place.unsqueeze(1),  // (Tq), (Tq, 1)
+      key = arange(0, keys, 1, options);                                                      // (Tk)
+  Tensor hidden;
+  const auto hide = [&](const Tensor& more) { hidden = hidden.defined() ? logical_or(hidden, more) : more; };
+  if (params.causal != Causal::none) hide(gt(key, own));
+  if (params.window > 0) {
+    hide(ge(key, own + params.window));
+    hide(le(key, own - params.window));
+  }
+  if (params.documents.defined()) {
+    const int64_t batch = params.documents.numel() / keys;
+    const Tensor theirs = params.documents.reshape({batch, 1, 1, keys});                      // (B, 1, 1, Tk)
+    hide(ne(index_select(theirs, -1, clamp(place, 0, keys - 1)).transpose(-2, -1), theirs));  // (B, 1, Tq, Tk)
+  }
+  if (!hidden.defined()) return hidden;
+  return hidden.rank() == 4 ? hidden : hidden.reshape({1, 1, queries, keys});
 }
 
 }  // namespace detail
@@ -116,11 +151,12 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
     if (params.mask.dtype() == DType::u8) {
       scores = masked_fill(scores, eq(params.mask, 0), -infinity);
     } else {
-      scores = scores + params.mask.to(q.dtype());
+      const Tensor added = params.mask.to(q.dtype());
+      scores = masked_fill(scores + added, eq(added, -infinity), -infinity);
     }
   }
-  if (params.causal != Causal::none || params.window > 0)
-    scores = masked_fill(scores, detail::forbidden(queries, keys, params, q.device()), -infinity);
+  if (const Tensor forbidden = detail::hidden_scores(queries, keys, params, q.device()); forbidden.defined())
+    scores = masked_fill(scores, forbidden, -infinity);
   const Tensor hidden = eq(scores, -infinity);                            // (B, Hq, Tq, Tk)
   const Tensor blind = eq(amax(scores.detach(), {-1}, true), -infinity);  // (B, Hq, Tq, 1): sees no key
   Tensor weights = knock::softmax(masked_fill(scores, blind, 0), -1);     // (B, Hq, Tq, Tk)
@@ -135,7 +171,8 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
 KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                AttentionParams params) {
   const bool mask_gradient = autograd::is_recording() && params.mask.defined() && params.mask.requires_grad();
-  if (params.dropout > 0 || mask_gradient) return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+  if (params.dropout > 0 || mask_gradient || params.documents.defined())
+    return composite::scaled_dot_product_attention(q, k, v, std::move(params));
   detail::check_attention(q, k, v, params);
   constexpr const char* op = "scaled_dot_product_attention";
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
@@ -143,7 +180,7 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
   if (shape.numel() == 0 || keys == 0) return composite::scaled_dot_product_attention(q, k, v, std::move(params));
 
   const AttentionScores scores{detail::attention_scale(q, params), params.causal != Causal::none,
-                               params.causal == Causal::bottom_right ? keys - queries : 0, params.window};
+                               detail::attention_shift(queries, keys, params), params.window};
   const Tensor out = detail::empty_in_order_of(q, shape);
   const Tensor log_sum_exp =
       empty({batch, heads, queries}, {q.dtype() == DType::f64 ? DType::f64 : DType::f32, q.device()});
