@@ -8,6 +8,7 @@ Tensors are named CASE/param/NAME, CASE/grad/NAME, CASE/x, CASE/y, CASE/dy, CASE
 """
 
 import json
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -71,7 +72,7 @@ def swiglu(x, gate, up, down):
 
 
 def moe(x, p, o):
-    """x (N, C); also gives balance loss, z-loss and load."""
+    """x (N, C); also gives balance loss, z-loss, load and the number of choices beyond the capacity."""
     E, k = o["experts"], o["top_k"]
     logits = x @ p["gate.weight"].T
     scores = torch.sigmoid(logits) if o["router"] == "sigmoid" else torch.softmax(logits, -1)
@@ -86,9 +87,12 @@ def moe(x, p, o):
     if o["norm_topk_prob"]:
         weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
     weight = weight * o["routed_scaling_factor"]
-    out = torch.zeros_like(x)
+    out, dropped = torch.zeros_like(x), 0
+    capacity = math.ceil(o["capacity_factor"] * len(x) * k / E) if o["capacity_factor"] else len(x)
     for e in range(E):
-        token, slot = (index == e).nonzero(as_tuple=True)
+        token, slot = (index == e).nonzero(as_tuple=True)  # in the order of the tokens: the first stay
+        dropped += max(len(token) - capacity, 0)
+        token, slot = token[:capacity], slot[:capacity]
         part = swiglu(x[token], *(p[f"experts.{e}.{n}_proj.weight"] for n in ("gate", "up", "down")))
         out = out.index_add(0, token, part * weight[token, slot, None])
     if o["shared_experts"]:
@@ -96,7 +100,7 @@ def moe(x, p, o):
     load = torch.bincount(index.flatten(), minlength=E)
     probability = scores / scores.sum(-1, keepdim=True)
     balance = E * (load / load.sum() * probability.mean(0)).sum()
-    return out, balance, torch.logsumexp(logits, -1).square().mean(), load
+    return out, balance, torch.logsumexp(logits, -1).square().mean(), load, torch.tensor(dropped)
 
 
 def parameters(shapes, scale=0.4):
@@ -181,16 +185,18 @@ attention_case("gqa_window", "gqa", ("none", "none", "linear"), window=3)
 
 def moe_case(case, **changes):
     o = {"hidden": 7, "expert_ffn": 5, "experts": 6, "top_k": 2, "router": "sigmoid", "router_bias": True,
-         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 0} | changes
+         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 0,
+         "capacity_factor": 0.0} | changes
     seed_by(f"moe/{case}")
     p = parameters(moe_shapes(o), scale=0.7)
     if o["router_bias"]:
         p["gate.e_score_correction_bias"] = (torch.randn(o["experts"]) * 0.3).bfloat16().double()
     x = torch.randn(13, o["hidden"], requires_grad=True)
-    y, balance, z, load = moe(x, p, o)
+    y, balance, z, load, dropped = moe(x, p, o)
     dy = torch.randn_like(y)
     store(f"moe/{case}", o, p, x, y, dy, extra_loss=0.3 * balance + 0.2 * z)
     data[f"moe/{case}/balance"], data[f"moe/{case}/z"], data[f"moe/{case}/load"] = balance, z, load
+    data[f"moe/{case}/dropped"] = dropped
 
 
 moe_case("sigmoid")
@@ -200,6 +206,9 @@ moe_case("shared", shared_experts=2, routed_scaling_factor=2.5)
 moe_case("groups", n_group=3, topk_group=2)
 moe_case("all", top_k=6)
 moe_case("one", top_k=1, router_bias=False)
+moe_case("capacity", capacity_factor=1.0)
+moe_case("capacity_tight", capacity_factor=0.4, top_k=3, router="softmax", norm_topk_prob=False, shared_experts=1)
+moe_case("capacity_groups", capacity_factor=0.75, n_group=2, topk_group=1, routed_scaling_factor=2.5)
 
 
 def lm_case(case, tie):
@@ -207,7 +216,8 @@ def lm_case(case, tie):
          "rope_dim": 0, "rope_theta": 10000.0, "causal": True, "window": 0, "knock": {"q": "linear", "k": "none", "v": "mlp"},
          "positions": list(range(9))}
     m = {"hidden": 12, "expert_ffn": 5, "experts": 4, "top_k": 2, "router": "sigmoid", "router_bias": True,
-         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 1}
+         "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 1,
+         "capacity_factor": 0.0}
     V, dense_ffn = 17, 10
     shapes = {"model.embed_tokens.weight": (V, 12)}
     for layer in range(3):

@@ -87,6 +87,8 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"model.routed_scaling_factor", "2.5"},
       {"model.n_group", "4"},
       {"model.topk_group", "2"},
+      {"model.capacity_factor", "1.25"},
+      {"model.forced_balance", "true"},
       {"model.tie_embeddings", "false"},
       {"model.knock.q", "linear"},
       {"model.knock.k", "gate"},

@@ -27,10 +27,12 @@ std::size_t count(const std::string& text, const std::string& part) {
 }
 
 const std::string step_line =
-    R"({"step":1,"loss":5.5,"lr":0.001,"grad_norm":1.5,"tokens_per_s":1000.0,"step_s":0.1,"load_entropy":[0.9,0.8]})"
+    R"({"step":1,"loss":5.5,"lr":0.001,"grad_norm":1.5,"tokens_per_s":1000.0,"step_s":0.1,"load_entropy":[0.9,0.8],)"
+    R"("max_violation":[0.3,0.4],"router_logit_max":[2.5,3.5],"dropped":[0.0,0.1]})"
     "\n";
 const std::string second_line =
-    R"({"step":2,"loss":5.0,"lr":0.002,"grad_norm":1.0,"tokens_per_s":1100.0,"step_s":0.1,"load_entropy":[0.95,0.85]})"
+    R"({"step":2,"loss":5.0,"lr":0.002,"grad_norm":1.0,"tokens_per_s":1100.0,"step_s":0.1,"load_entropy":[0.95,0.85],)"
+    R"("max_violation":[0.2,0.3],"router_logit_max":[2.6,3.6],"dropped":[0.0,0.05]})"
     "\n";
 
 }  // namespace
@@ -58,11 +60,11 @@ TEST_CASE("curves: a page with a chart for all that the log holds") {
                                    R"({"step":2,"sample":"a <b> & \"c\" é"})" + "\n");
   CHECK(page.starts_with("<!doctype html>"));
   CHECK(page.ends_with("</html>\n"));
-  CHECK(count(page, "<svg ") == 6);
+  CHECK(count(page, "<svg ") == 9);
   CHECK(count(page, "<figure>") == count(page, "</figure>"));
   CHECK(page.find("my &lt;run&gt;") != std::string::npos);
   CHECK(page.find("a &lt;b&gt; &amp; \"c\" é") != std::string::npos);
-  CHECK(page.find("layer 1") != std::string::npos);
+  CHECK(count(page, "layer 1</") + count(page, "layer 1 <b>") == 4);
   CHECK(page.find("http") == std::string::npos);  // nothing is fetched
   CHECK(page.find("nan") == std::string::npos);
   CHECK(page.find("inf") == std::string::npos);
@@ -80,7 +82,7 @@ TEST_CASE("curves: odd lines are passed over") {
 
 TEST_CASE("curves: empty, single, equal and huge values end in a page too") {
   CHECK(count(page_of(""), "<svg ") == 0);
-  CHECK(count(page_of(step_line), "<svg ") == 5);
+  CHECK(count(page_of(step_line), "<svg ") == 8);
   for (const std::string values : {"0,0", "1e16,10000000000000002", "-1e29,1e29", "1e-300,2e-300", "5,5"}) {
     const std::size_t comma = values.find(',');
     const std::string page = page_of("{\"step\":1,\"loss\":" + values.substr(0, comma) +

@@ -1,5 +1,6 @@
 // The training loop: what is resumed has the same bits, gradients do not depend on how a batch is cut, evaluation
 // counts each token once.
+#include <support/compare.hpp>
 #include <support/temporary_folder.hpp>
 #include <support/tiny_run.hpp>
 
@@ -8,6 +9,8 @@
 #include <knock/core/storage.hpp>
 #include <knock/io/file.hpp>
 #include <knock/ops/loss.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/train/trainer.hpp>
 
@@ -130,7 +133,8 @@ TEST_CASE("trainer: N steps, then N more after resuming, are 2 N steps") {
   const Overrides variants[] = {
       {"train.grad_accum=2", "train.balance_loss=0.01", "train.z_loss=0.001", "model.knock.q=linear"},
       {"optim.name=sgd", "optim.lr=0.05", "optim.schedule=wsd", "model.router=softmax", "model.tie_embeddings=false"},
-      {"train.precision=bf16", "model.shared_experts=1", "model.dense_layers=1", "model.knock.k=gate"},
+      {"train.precision=bf16", "model.shared_experts=1", "model.dense_layers=1", "model.knock.k=gate",
+       "model.capacity_factor=1"},
   };
   int number = 0;
   for (const Overrides& variant : variants) {
@@ -258,39 +262,73 @@ TEST_CASE("trainer: another seed is another run") {
   CHECK(timeless(bench.log("a")) != timeless(bench.log("b")));
 }
 
-TEST_CASE("trainer: two micro-batches of four move the weights like one batch of eight") {
+TEST_CASE("trainer: micro-batches move the weights like one batch of all their tokens, auxiliary losses too") {
   // One step of SGD without clipping: the difference of the weights is the gradient. Router biases stay where they are,
   // as loads are counted over the whole step.
   const Bench bench;
-  const Overrides common = {"optim.name=sgd",       "optim.momentum=0", "optim.weight_decay=0",    "optim.clip=0",
-                            "optim.warmup=0",       "optim.lr=1",       "optim.schedule=constant", "train.steps=1",
-                            "train.sample_tokens=0"};
-  Overrides accumulated = common, at_once = common;
-  accumulated.insert(accumulated.end(), {"train.grad_accum=2", "train.batch_size=4"});
-  at_once.insert(at_once.end(), {"train.grad_accum=1", "train.batch_size=8"});
-  CHECK(bench.run("accumulated", accumulated).finished);
-  CHECK(bench.run("at_once", at_once).finished);
-  const StateDict a = train::open_checkpoint(bench.folder / "accumulated").model_state(),
-                  b = train::open_checkpoint(bench.folder / "at_once").model_state();
-  REQUIRE(a.size() == b.size());
-  auto other = b.begin();
-  for (const auto& entry : a) {
-    const auto& name = entry.first;
-    const Tensor& tensor = entry.second;
-    CAPTURE(name);
-    const auto x = tensor.to_vector<float>(), y = (other++)->second.to_vector<float>();
-    double worst = 0;
-    for (std::size_t i = 0; i < x.size(); ++i) worst = std::max(worst, std::abs(double(x[i]) - double(y[i])));
-    CHECK(worst < 1e-6);
-  }
-  const auto first_line = [&](const char* out) {
-    return nlohmann::json::parse(bench.log(out).substr(0, bench.log(out).find('\n')));
+  const auto run = [&](const std::string& out, const std::string& auxiliary, int parts, int rows) {
+    CHECK(bench
+              .run(out, {"optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "optim.clip=0", "optim.warmup=0",
+                         "optim.lr=1", "optim.schedule=constant", "train.steps=1", "train.sample_tokens=0", auxiliary,
+                         text("train.grad_accum=", parts), text("train.batch_size=", rows)})
+              .finished);
+    const std::string log = bench.log(out);
+    return std::pair{train::open_checkpoint(bench.folder / out).model_state(),
+                     nlohmann::json::parse(log.substr(0, log.find('\n')))};
   };
-  const auto la = first_line("accumulated"), lb = first_line("at_once");
-  CHECK(la["loss"].get<double>() == doctest::Approx(lb["loss"].get<double>()).epsilon(1e-6));
-  CHECK(la["grad_norm"].get<double>() == doctest::Approx(lb["grad_norm"].get<double>()).epsilon(1e-5));
-  CHECK(la["load_entropy"] == lb["load_entropy"]);
-  CHECK(la["grad_norm"].get<double>() > 0.01);
+  double plain_norm = 0;
+  for (const std::string auxiliary : {"train.z_loss=0", "train.z_loss=2", "train.balance_loss=2"}) {
+    CAPTURE(auxiliary);
+    const auto whole = run(auxiliary, auxiliary, 1, 8);
+    const auto norm = whole.second["grad_norm"].get<double>();
+    if (auxiliary == "train.z_loss=0") plain_norm = norm;
+    CHECK(norm > 0.01);
+    CHECK((norm == plain_norm) == (auxiliary == "train.z_loss=0"));
+    for (const int parts : {2, 4}) {
+      const auto cut = run(text(auxiliary, "-", parts), auxiliary, parts, 8 / parts);
+      REQUIRE(cut.first.size() == whole.first.size());
+      for (const auto& entry : whole.first) {
+        CAPTURE(entry.first);
+        CHECK(test::distance(cut.first.at(entry.first), entry.second) < 1e-6);
+      }
+      CHECK(cut.second["loss"].get<double>() == doctest::Approx(whole.second["loss"].get<double>()).epsilon(1e-6));
+      CHECK(cut.second["grad_norm"].get<double>() == doctest::Approx(norm).epsilon(1e-5));
+      for (const char* key : {"load_entropy", "max_violation", "dropped"}) CHECK(cut.second[key] == whole.second[key]);
+      CHECK(cut.second["router_logit_max"][0].get<double>() ==
+            doctest::Approx(whole.second["router_logit_max"][0].get<double>()).epsilon(1e-5));
+    }
+  }
+}
+
+TEST_CASE("trainer: the log tells of each layer's experts, and each layer's bias moves") {
+  const Bench bench;
+  const auto first_step = [&](const std::string& out, const Overrides& more) {
+    Overrides all = {"model.layers=3", "model.dense_layers=1", "train.steps=1"};
+    all.insert(all.end(), more.begin(), more.end());
+    CHECK(bench.run(out, all).finished);
+    const std::string log = bench.log(out);
+    return nlohmann::json::parse(log.substr(0, log.find('\n')));
+  };
+  const auto free = first_step("free", {}), limited = first_step("limited", {"model.capacity_factor=0.5"}),
+             forced = first_step("forced", {"model.forced_balance=true"});
+  for (std::size_t layer = 0; layer < 2; ++layer) {
+    CHECK(free["dropped"][layer] == 0);
+    CHECK(free["max_violation"][layer] > 0);
+    CHECK(free["router_logit_max"][layer] > 0);
+    CHECK(free["load_entropy"][layer] < 1);
+    CHECK(limited["dropped"][layer] >= 0.5);  // half of the slots at most stay
+    CHECK(limited["dropped"][layer] < 1);
+    CHECK(forced["max_violation"][layer] == 0);
+    CHECK(forced["load_entropy"][layer].get<double>() == doctest::Approx(1));
+  }
+  for (const auto& record : {free, limited, forced})
+    for (const char* key : {"load_entropy", "max_violation", "router_logit_max", "dropped"})
+      CHECK(record[key].size() == 2);
+  const StateDict state = train::open_checkpoint(bench.folder / "free").model_state();
+  for (const int layer : {1, 2}) {
+    const Tensor bias = state.at(text("model.layers.", layer, ".mlp.gate.e_score_correction_bias"));
+    CHECK(amax(abs(bias)).item() > 1e-4);
+  }
 }
 
 TEST_CASE("trainer: the evaluation predicts each token once") {

@@ -229,7 +229,7 @@ struct Backend {
   void (*sum_squares)(const Array& x, const Array& out) = nullptr;
 
   // Mixture of experts; all arrays dense
-  /// indices (N, k) i64 -> slots n * k + j in a stable order by expert, and the E + 1 places where experts begin.
+  /// indices (N, k) i64 -> slots n * k + j in a stable order by expert (-1: left out); E + 1 places where they begin.
   void (*moe_sort)(const Array& indices, const Array& out_order, const Array& out_offsets) = nullptr;
   /// hidden (N k, 2F): gate and up products of the sorted slots, kept for backward.
   void (*moe_forward)(const MoeInputs& in, const Array& out_hidden, const Array& out) = nullptr;

@@ -30,12 +30,12 @@ KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Arr
   std::fill(offsets, offsets + experts + 1, int64_t{0});
   for (int64_t slot = 0; slot < slots; ++slot) {
     const int64_t e = expert_of[slot];
-    check(e >= 0 && e < experts, "moe_experts", "index ", e, " of slot ", slot, " is outside 0 to ", experts - 1);
-    ++offsets[e + 1];
+    check(e >= -1 && e < experts, "moe_experts", "index ", e, " of slot ", slot, " is outside 0 to ", experts - 1);
+    if (e >= 0) ++offsets[e + 1];
   }
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
   for (int64_t slot = 0; slot < slots; ++slot)
-    order[offsets[expert_of[slot]]++] = slot;  // shifts offsets by one expert
+    if (expert_of[slot] >= 0) order[offsets[expert_of[slot]]++] = slot;  // shifts offsets by one expert
   for (int64_t e = experts; e > 0; --e) offsets[e] = offsets[e - 1];
   offsets[0] = 0;
 }
@@ -105,20 +105,23 @@ void gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t end,
   }
 }
 
-/// out[n] = sum of the token's k sorted rows, in the order of its slots.
+/// out[n] = sum of the token's sorted rows, in the order of its slots; a dropped slot has none.
 template <class T>
 void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   using C = compute_t<T>;
   const int64_t slots = moe.tokens * moe.k;
   const Scratch<int64_t> place(slots);
-  for (int64_t row = 0; row < slots; ++row) place.data()[moe.order[row]] = row;
+  std::fill(place.data(), place.data() + slots, int64_t{-1});
+  for (int64_t row = 0; row < moe.offsets[moe.experts]; ++row) place.data()[moe.order[row]] = row;
   parallel_for(moe.tokens, 64, [&](int64_t begin, int64_t end) {
     std::vector<C> sum(static_cast<std::size_t>(moe.c));
     C* total = sum.data();
     for (int64_t n = begin; n < end; ++n) {
       std::fill(sum.begin(), sum.end(), C(0));
       for (int64_t j = 0; j < moe.k; ++j) {
-        const T* row = sorted + place.data()[n * moe.k + j] * moe.c;
+        const int64_t at = place.data()[n * moe.k + j];
+        if (at < 0) continue;
+        const T* row = sorted + at * moe.c;
         KNOCK_SIMD
         for (int64_t i = 0; i < moe.c; ++i) total[i] += static_cast<C>(row[i]);
       }
@@ -227,6 +230,7 @@ KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Arr
     const detail::PackedExperts<T> down(moe.experts, c, f, [&](int64_t e) { return moe.down_of(e); });
     const detail::Scratch<T> x_sorted(slots * c), dy_sorted(slots * c), dx_sorted(slots * c);
     const detail::Scratch<T> d_hidden(slots * 2 * f), activation(slots * f);
+    std::fill(out.weights.as<T>(), out.weights.as<T>() + slots, T(0));  // what dropped slots keep
     const auto blocks = detail::row_blocks(moe.offsets, moe.experts);
     parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
       const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];

@@ -47,6 +47,8 @@ struct MoeLmConfig {
   double routed_scaling_factor = 1;
   int64_t n_group = 1;
   int64_t topk_group = 1;
+  double capacity_factor = 0;   ///< 0: dropless
+  bool forced_balance = false;  ///< for timing only
   bool tie_embeddings = true;
 };
 
@@ -154,7 +156,9 @@ KNOCK_FUNC nn::MoEOptions moe_options(const MoeLmConfig& c) {
           .routed_scaling_factor = c.routed_scaling_factor,
           .n_group = c.n_group,
           .topk_group = c.topk_group,
-          .shared_experts = c.shared_experts};
+          .shared_experts = c.shared_experts,
+          .capacity_factor = c.capacity_factor,
+          .forced_balance = c.forced_balance};
 }
 
 KNOCK_FUNC bool is_dense(const MoeLmConfig& c, int64_t layer) { return c.experts == 0 || layer < c.dense_layers; }

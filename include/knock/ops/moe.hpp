@@ -3,10 +3,10 @@
 //
 //   out_n = sum_j s_nj W_down^e (silu(W_gate^e x_n) * (W_up^e x_n)),   e = index_nj,  j = 1..k
 //
-// Slots (n, j) are sorted by expert once, so that each expert is a few dense products over its own rows; nothing is
-// dropped. Sums run in a fixed order: the same input gives the same bits for any number of threads. Backward follows
-// SonicMoE (arXiv 2512.14080, section 3.2): only x, the products before the activation and the routing are saved; with
-// A = silu(g) * u and dA' = dy W_down,
+// Slots (n, j) are sorted by expert once, so that each expert is a few dense products over its own rows. A slot of
+// index -1 was dropped: it adds nothing, takes no time, and its weight has gradient 0. Sums run in a fixed order: the
+// same input gives the same bits for any number of threads. Backward follows SonicMoE (arXiv 2512.14080, section 3.2):
+// only x, the products before the activation and the routing are saved; with A = silu(g) * u and dA' = dy W_down,
 //
 //   ds = rowsum(dA' * A)     dW_down = (s A)^T dy     du = s dA' silu(g)     dg = s dA' u silu'(g)
 //   dW_gate = dg^T x         dW_up = du^T x           dx = sum over the token's slots of dg W_gate + du W_up
@@ -16,13 +16,16 @@
 
 namespace knock {
 
-/// x (N, C), indices (N, k) i64 in [0, E), weights (N, k), gate and up (E, F, C), down (E, C, F) -> (N, C).
-/// Floating tensors have one dtype. Errors: shapes or dtypes that disagree, an index outside [0, E).
+/// x (N, C), indices (N, k) i64 in [0, E) or -1 (dropped), weights (N, k), gate and up (E, F, C), down (E, C, F) ->
+/// (N, C). Floating tensors have one dtype. Errors: shapes or dtypes that disagree, an index outside [-1, E).
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 
 /// How many slots go to each expert: indices (N, k) -> (E) i64.
 Tensor expert_load(const Tensor& indices, int64_t experts);
+
+/// indices (N, k) i64 with -1 for each slot beyond the first `capacity` of its expert, in the order of the tokens.
+Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity);
 
 /// The same function, one expert after the other in other ops: documentation, oracle, and what create_graph
 /// differentiates.
@@ -39,6 +42,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/scan.hpp>
 #include <knock/ops/sort.hpp>
 #include <knock/ops/view.hpp>
 
@@ -104,6 +108,14 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
 
 KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
   return bincount(indices.reshape({-1}), experts);
+}
+
+KNOCK_FUNC Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity) {
+  const Tensor flat = indices.reshape({-1});  // (N k)
+  const auto [expert, slot] = sort(flat);     // stable: an expert's slots stay in the order of the tokens
+  const Tensor load = bincount(flat, experts), begin = cumsum(load, 0) - load;
+  const Tensor place = arange(0, flat.numel(), 1, {DType::i64, flat.device()}) - index_select(begin, 0, expert);
+  return scatter(flat, 0, slot, where(place < capacity, expert, -1)).reshape(indices.shape());
 }
 
 namespace composite {

@@ -158,6 +158,9 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("model.routed_scaling_factor", m.routed_scaling_factor, "factor on the routed experts", Range{0, 1e6});
   key("model.n_group", m.n_group, "groups of experts", positive_count);
   key("model.topk_group", m.topk_group, "groups a token may choose from", positive_count);
+  key("model.capacity_factor", m.capacity_factor, "of the even share that an expert takes at most in training, 0: all",
+      Range{0, 1e6});
+  key("model.forced_balance", m.forced_balance, "experts in turn whatever the scores: for timing, not for training");
   key("model.tie_embeddings", m.tie_embeddings, "the output head is the embedding");
   key("model.knock.q", m.knock.q, "knocking heads on the queries");
   key("model.knock.k", m.knock.k, "knocking heads on the keys");
@@ -183,7 +186,8 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.sample_every", t.sample_every, "steps between printed samples, 0: only at the end", Range{0, 1e9});
   key("train.sample_tokens", t.sample_tokens, "tokens of a sample", any_count);
   key("train.sample_prompt", t.sample_prompt, "what samples begin with");
-  key("train.balance_loss", t.balance_loss, "weight of the experts' balance loss", Range{0, 1e3});
+  key("train.balance_loss", t.balance_loss, "weight of the experts' balance loss, over all tokens of a step",
+      Range{0, 1e3});
   key("train.z_loss", t.z_loss, "weight of the router's z-loss", Range{0, 1e3});
   key("train.bias_speed", t.bias_speed, "step of the loss-free balancing bias", Range{0, 1});
   auto& o = c.optim;

@@ -21,6 +21,7 @@ void write_curves(const std::string& log_path, const std::string& html_path);
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <iterator>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -116,13 +117,23 @@ inline std::string draw(const Chart& chart) {
   return svg + "</svg>";
 }
 
+/// A value that steps log for each layer with experts.
+struct LayerValue {
+  const char *key, *title, *unit;
+};
+inline constexpr LayerValue layer_values[] = {
+    {"load_entropy", "Expert load entropy", "1: even, 0: one expert takes all"},
+    {"max_violation", "Busiest expert", "load over the mean, less 1"},
+    {"router_logit_max", "Largest router logit", "absolute"},
+    {"dropped", "Dropped choices", "share beyond the experts' capacity"}};
+
 /// What a log holds, as curves.
 struct LogCurves {
   Curve loss{"training", "#4c78a8", {}}, val_loss{"validation", "#e45756", {}, true};
   Curve val_bpb{"validation", "#e45756", {}, true};
   Curve lr{"learning rate", "#72b7b2", {}}, grad_norm{"gradient norm", "#f58518", {}};
   Curve tokens_per_s{"tokens/s", "#54a24b", {}};
-  std::vector<Curve> entropy;
+  std::vector<Curve> layers[std::size(layer_values)];  // in the order of layer_values, a curve a layer
   std::vector<std::pair<int64_t, std::string>> samples;
 };
 
@@ -144,13 +155,16 @@ inline void read_line(const nlohmann::json& line, LogCurves& out) {
   take("tokens_per_s", out.tokens_per_s);
   if (const auto found = line.find("sample"); found != line.end() && found->is_string() && std::abs(step) < 1e15)
     out.samples.emplace_back(static_cast<int64_t>(step), found->get<std::string>());
-  const auto entropy = line.find("load_entropy");
-  if (entropy == line.end() || !entropy->is_array()) return;
   constexpr const char* colors[] = {"#4c78a8", "#f58518", "#e45756", "#72b7b2",
                                     "#54a24b", "#b279a2", "#9d755d", "#eeca3b"};
-  for (std::size_t i = 0; i < entropy->size(); ++i) {
-    if (out.entropy.size() <= i) out.entropy.push_back({text("layer ", i), colors[i % 8], {}});
-    add(out.entropy[i], step, number_of((*entropy)[i]));
+  for (std::size_t value = 0; value < std::size(layer_values); ++value) {
+    const auto found = line.find(layer_values[value].key);
+    if (found == line.end() || !found->is_array()) continue;
+    std::vector<Curve>& layers = out.layers[value];
+    for (std::size_t i = 0; i < found->size(); ++i) {
+      if (layers.size() <= i) layers.push_back({text("layer ", i), colors[i % 8], {}});
+      add(layers[i], step, number_of((*found)[i]));
+    }
   }
 }
 
@@ -204,7 +218,8 @@ KNOCK_FUNC void write_curves(const std::string& log_path, const std::string& htm
   page += detail::figure({"Gradient norm", "before clipping", {c.grad_norm}});
   page += detail::figure({"Learning rate", "", {c.lr}});
   page += detail::figure({"Speed", "tokens per second", {c.tokens_per_s}});
-  page += detail::figure({"Expert load entropy", "1: even, 0: one expert takes all", c.entropy});
+  for (std::size_t value = 0; value < std::size(detail::layer_values); ++value)
+    page += detail::figure({detail::layer_values[value].title, detail::layer_values[value].unit, c.layers[value]});
   page += "</main>\n";
   for (const auto& [step, sample] : c.samples)
     page += text("<h3>Sample at step ", step, "</h3><pre>", detail::escape(sample), "</pre>\n");

@@ -1,9 +1,16 @@
 #pragma once
 // What a run writes while it goes: log.jsonl, one JSON object a line, and lines or a progress line on the terminal.
 //
-//   {"step":1,"loss":7.6,"lr":0.0001,"grad_norm":1.2,"tokens_per_s":9000.1,"step_s":0.23,"load_entropy":[0.99,0.98]}
+//   {"step":1,"loss":7.6,"lr":0.0001,"grad_norm":1.2,"tokens_per_s":9000.1,"step_s":0.23,"load_entropy":[0.99,0.98],
+//    "max_violation":[0.12,0.15],"router_logit_max":[2.1,3.4],"dropped":[0.0,0.0]}
 //   {"step":250,"val_loss":4.1,"val_bpb":1.9}
 //   {"step":500,"sample":"It was ..."}
+//
+// The arrays of a step have one number for each layer with experts, over all of the step's micro-batches:
+//   load_entropy      entropy of how often the router chose each expert, over its largest value: 1 when even
+//   max_violation     how often it chose the busiest expert, over the mean, less 1: 0 when even
+//   router_logit_max  largest absolute logit of the router: growth without end foretells trouble
+//   dropped           share of the choices that were beyond an expert's capacity; 0 without model.capacity_factor
 
 #include <chrono>
 #include <cstdint>
@@ -14,10 +21,15 @@
 
 namespace knock::train {
 
+/// How a layer's experts fared in a step, see above.
+struct ExpertsRecord {
+  double load_entropy = 1, max_violation = 0, router_logit_max = 0, dropped = 0;
+};
+
 struct StepRecord {
   int64_t step = 0;
   double loss = 0, lr = 0, grad_norm = 0, tokens_per_s = 0, step_s = 0;
-  std::vector<double> load_entropy;  ///< per MoE layer, 1 when experts are evenly loaded
+  std::vector<ExpertsRecord> experts;  ///< of each MoE layer
 };
 
 /// The lines of a log.jsonl that belong to a run which has done `step` steps: later ones, which a crash may have left,
@@ -146,13 +158,21 @@ KNOCK_FUNC void RunLog::append(const std::string& json) {
 }
 
 KNOCK_FUNC void RunLog::step(const StepRecord& r) {
+  const auto of_layers = [&](double ExpertsRecord::*value) {
+    std::vector<double> out;
+    for (const ExpertsRecord& layer : r.experts) out.push_back(layer.*value);
+    return out;
+  };
   append(nlohmann::ordered_json{{"step", r.step},
                                 {"loss", r.loss},
                                 {"lr", r.lr},
                                 {"grad_norm", r.grad_norm},
                                 {"tokens_per_s", r.tokens_per_s},
                                 {"step_s", r.step_s},
-                                {"load_entropy", r.load_entropy}}
+                                {"load_entropy", of_layers(&ExpertsRecord::load_entropy)},
+                                {"max_violation", of_layers(&ExpertsRecord::max_violation)},
+                                {"router_logit_max", of_layers(&ExpertsRecord::router_logit_max)},
+                                {"dropped", of_layers(&ExpertsRecord::dropped)}}
              .dump());
   const bool first = r.step <= last_step_ + 2;  // the first step also fills the allocator; the second starts anew
   seconds_per_step_ = first ? r.step_s : 0.95 * seconds_per_step_ + 0.05 * r.step_s;

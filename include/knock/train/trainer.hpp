@@ -1,9 +1,13 @@
 #pragma once
 // The training loop: data, model, optimizer, evaluation, samples, log and checkpoints, from one configuration.
 //
-// A step sums the loss of its micro-batches and divides once by their number of target tokens. Everything that decides
-// the next step (weights, moments, router biases, generator, position in the data) is in a checkpoint, so a run that is
-// interrupted and resumed gives the same bits as one that is not.
+// A step sums the loss of its micro-batches and divides once by their number of target tokens. The auxiliary losses too
+// are those of all the step's tokens, however they are cut into micro-batches. The balance loss is a product of two
+// means over tokens, so it is no mean over micro-batches: with grad_accum above 1 a forward without gradients over all
+// of them counts the loads first, as in global-batch balancing (arXiv 2501.11873), where the loads come from all ranks.
+// A capacity (model.capacity_factor) is one of a micro-batch. Everything that decides the next step (weights, moments,
+// router biases, generator, position in the data) is in a checkpoint, so a run that is interrupted and resumed gives
+// the same bits as one that is not.
 
 #include <knock/data/corpus.hpp>
 #include <knock/data/loader.hpp>
@@ -70,13 +74,16 @@ class Trainer {
   struct StepResult {
     double loss = 0, grad_norm = 0;
     int64_t tokens = 0;
-    std::vector<double> load_entropy;
+    std::vector<ExpertsRecord> experts;
   };
   Trainer(Config config, const Checkpoint* checkpoint);
   void build_model();
   void build_optimizer();
   std::optional<StepResult> step(double lr);
-  Tensor micro_batch_loss(int64_t step_tokens, double& loss_sum);
+  Tensor logits_of(const data::Batch& batch);
+  Tensors step_loads();
+  Tensor micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum);
+  std::vector<ExpertsRecord> experts_record() const;
   double learning_rate(int64_t step) const;
   void begin_log();
   void log_step(const StepResult& result, double lr, double seconds);
@@ -96,7 +103,7 @@ class Trainer {
   std::unique_ptr<optim::Optimizer> optimizer_;
   optim::Schedule schedule_;
   data::ShuffledWindows loader_;
-  data::Batch batch_;
+  std::vector<data::Batch> batches_;  // micro-batches of a step
   RunState state_;
   RunLog log_;
   std::string resumed_from_;  // a checkpoint's folder
@@ -114,6 +121,7 @@ std::string describe(const Config& config);
 #include <knock/io/folder.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/loss.hpp>
+#include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/train/curves.hpp>
 #include <knock/train/sampler.hpp>
@@ -211,23 +219,57 @@ KNOCK_FUNC void Trainer::build_optimizer() {
 
 KNOCK_FUNC double Trainer::learning_rate(int64_t step) const { return config_.optim.lr * schedule_.factor(step); }
 
-/// The part of the step's loss that the next micro-batch adds, for backward; its plain sum is added to `loss_sum`.
-KNOCK_FUNC Tensor Trainer::micro_batch_loss(int64_t step_tokens, double& loss_sum) {
+KNOCK_FUNC Tensor Trainer::logits_of(const data::Batch& batch) {
+  return model_->forward(from_data(batch.inputs, {batch.rows, batch.seq_len})).reshape({-1, config_.model.vocab_size});
+}
+
+/// The load of each MoE layer over all of the step's micro-batches, before the first backward; nothing where no balance
+/// loss needs it.
+KNOCK_FUNC Tensors Trainer::step_loads() {
+  Tensors loads;
+  const auto layers = model_->moe_layers();
+  if (config_.train.balance_loss == 0 || batches_.size() == 1 || layers.empty()) return loads;
+  const NoGradGuard no_grad;
+  const RngState random = rng_state();  // the forwards with gradients draw the same
+  for (const data::Batch& batch : batches_)
+    if (!stop_requested) logits_of(batch);
+  set_rng_state(random);
+  for (nn::MoE* moe : layers) {
+    loads.push_back(moe->health().load.clone());
+    moe->reset_health();
+  }
+  return loads;
+}
+
+/// The part of the step's loss that a micro-batch adds, for backward; its plain sum is added to `loss_sum`.
+KNOCK_FUNC Tensor Trainer::micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum) {
   const TrainOptions& t = config_.train;
-  loader_.next(t.batch_size, batch_);
-  const Tensor inputs = from_data(batch_.inputs, {t.batch_size, t.seq_len}),
-               targets = from_data(batch_.targets, {t.batch_size * t.seq_len});
-  const Tensor logits = model_->forward(inputs);  // (B, T, V)
-  const Tensor sum = cross_entropy(logits.reshape({t.batch_size * t.seq_len, config_.model.vocab_size}), targets,
+  const auto step_tokens = static_cast<double>(t.grad_accum * batch.target_tokens);
+  const Tensor sum = cross_entropy(logits_of(batch), from_data(batch.targets, {batch.rows * batch.seq_len}),
                                    {.reduction = Reduction::sum});
   loss_sum += sum.item<double>();
-  Tensor loss = sum / static_cast<double>(step_tokens);
-  for (const nn::MoE* moe : model_->moe_layers()) {
-    const double share = 1 / static_cast<double>(t.grad_accum);
-    if (t.balance_loss > 0) loss = loss + (t.balance_loss * share) * moe->balance_loss().to(loss.dtype());
-    if (t.z_loss > 0) loss = loss + (t.z_loss * share) * moe->z_loss().to(loss.dtype());
+  const double share = 1 / static_cast<double>(t.grad_accum);
+  Tensor loss = sum / step_tokens;
+  const auto layers = model_->moe_layers();
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const nn::MoE& moe = *layers[i];
+    if (t.balance_loss > 0)
+      loss = loss + (t.balance_loss * share) * moe.balance_loss(loads.empty() ? moe.load() : loads[i]).to(loss.dtype());
+    if (t.z_loss > 0) loss = loss + (t.z_loss * share) * moe.z_loss().to(loss.dtype());
   }
   return loss;
+}
+
+KNOCK_FUNC std::vector<ExpertsRecord> Trainer::experts_record() const {
+  std::vector<ExpertsRecord> out;
+  for (const nn::MoE* moe : model_->moe_layers()) {
+    const nn::MoEHealth& health = moe->health();
+    out.push_back({.load_entropy = nn::load_entropy(health.load),
+                   .max_violation = nn::max_violation(health.load),
+                   .router_logit_max = health.logit_max.item<double>(),
+                   .dropped = health.dropped.item<double>() / sum(health.load).item<double>()});
+  }
+  return out;
 }
 
 /// One optimizer step; nothing when a stop was requested before its last micro-batch.
@@ -235,12 +277,14 @@ KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
   const TrainOptions& t = config_.train;
   StepResult result;
   result.tokens = t.grad_accum * t.batch_size * t.seq_len;
-  for (int64_t i = 0; i < t.grad_accum; ++i) {
+  batches_.resize(static_cast<std::size_t>(t.grad_accum));
+  for (data::Batch& batch : batches_) loader_.next(t.batch_size, batch);
+  const Tensors loads = step_loads();
+  for (const data::Batch& batch : batches_) {
     if (stop_requested) return std::nullopt;
-    micro_batch_loss(result.tokens, result.loss).backward();
+    micro_batch_loss(batch, loads, result.loss).backward();
   }
-  for (const nn::MoE* moe : model_->moe_layers())
-    result.load_entropy.push_back(nn::load_entropy(moe->accumulated_load()));
+  result.experts = experts_record();
   result.loss /= static_cast<double>(result.tokens);
   result.grad_norm = optim::grad_norm(parameters_);
   check(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "train", "step ", state_.step + 1, ": loss ",
@@ -310,7 +354,7 @@ KNOCK_FUNC void Trainer::log_step(const StepResult& result, double lr, double se
                           .grad_norm = result.grad_norm,
                           .tokens_per_s = static_cast<double>(result.tokens) / seconds,
                           .step_s = seconds,
-                          .load_entropy = result.load_entropy};
+                          .experts = result.experts};
   log_.step(record);
   if (on_step) on_step(record);
 }

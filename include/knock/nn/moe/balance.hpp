@@ -9,7 +9,8 @@
 //   rms            b += u e / rms(e)                    equal loads leave b
 //
 // Losses: balance = E sum_e f_e P_e, f_e = load_e / (N k), P_e the mean router probability (1 when even); z = mean of
-// logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906).
+// logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906). A load is what the router chose, also where a capacity
+// drops some of it.
 
 #include <knock/core/tensor.hpp>
 
@@ -31,6 +32,9 @@ Tensor balance_loss(const Tensor& probabilities, const Tensor& load);
 Tensor router_z_loss(const Tensor& logits);
 /// Entropy of the load's distribution over experts divided by log(E): 1 when even, 0 when one expert takes all.
 double load_entropy(const Tensor& load);
+/// max(load) / mean(load) - 1, MaxVio of the paper on loss-free balancing: 0 when even, E - 1 when one expert takes
+/// all.
+double max_violation(const Tensor& load);
 
 }  // namespace knock::nn
 
@@ -39,6 +43,7 @@ double load_entropy(const Tensor& load);
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace knock::nn {
@@ -94,6 +99,12 @@ KNOCK_FUNC double load_entropy(const Tensor& load) {
   for (const double l : loads)
     if (l > 0) entropy -= l / total * std::log(l / total);
   return entropy / std::log(static_cast<double>(loads.size()));
+}
+
+KNOCK_FUNC double max_violation(const Tensor& load) {
+  double total = 0, largest = 0;
+  for (const double l : load.to_vector<double>()) total += l, largest = std::max(largest, l);
+  return total > 0 ? largest * static_cast<double>(load.numel()) / total - 1 : 0;
 }
 
 }  // namespace knock::nn

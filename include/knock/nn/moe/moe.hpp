@@ -1,12 +1,19 @@
 #pragma once
-// The mixture-of-experts feed-forward block: router, routed SwiGLU experts, shared experts. Dropless: every chosen
-// expert sees the token, whatever the imbalance.
+// The mixture-of-experts feed-forward block: router, routed SwiGLU experts, shared experts. Dropless unless the options
+// set a capacity (router.hpp): every chosen expert sees the token, whatever the imbalance.
 
 #include <knock/nn/mlp.hpp>
 #include <knock/nn/moe/balance.hpp>
 #include <knock/nn/moe/router.hpp>
 
 namespace knock::nn {
+
+/// What the experts of a layer met in its training forwards since the last update_bias; recomputations do not count.
+struct MoEHealth {
+  Tensor load;       ///< (E) i64: how often the router chose each expert
+  Tensor dropped;    ///< i64: choices beyond the capacity
+  Tensor logit_max;  ///< f32: largest absolute logit of the router
+};
 
 /// x (..., hidden) -> (..., hidden). state_dict shows `gate.weight`, `gate.e_score_correction_bias`,
 /// `experts.E.{gate,up,down}_proj.weight` and `shared_experts.*`; the experts' parameters are stacked in memory.
@@ -16,14 +23,20 @@ class MoE : public Layer {
   KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   /// Losses of the last forward, scalars with gradient (see balance.hpp).
-  Tensor balance_loss() const;
+  Tensor balance_loss() const { return balance_loss(load_); }
   Tensor z_loss() const;
-  /// Tokens per expert in the last forward, (E) i64.
+  /// The balance loss with the load of a batch of which the last forward took a part. The mean of these over equal
+  /// parts is the loss of the batch.
+  Tensor balance_loss(const Tensor& batch_load) const;
+  /// How often the router chose each expert in the last forward, (E) i64.
   const Tensor& load() const { return load_; }
-  /// Tokens per expert since the last update_bias, (E) i64; forwards in evaluation and recomputations are not counted.
-  const Tensor& accumulated_load() const { return accumulated_load_; }
-  /// Moves the router's bias by the accumulated load, which restarts: call after each optimizer step. No effect without
-  /// router_bias.
+  /// Choices of the last forward that were beyond the capacity, i64.
+  const Tensor& dropped() const { return dropped_; }
+
+  const MoEHealth& health() const { return health_; }
+  void reset_health();
+  /// Moves the router's bias by the load in `health()`, which restarts: call after each optimizer step. Without
+  /// router_bias it restarts only.
   void update_bias(BiasOptions options = {});
 
   const MoEOptions& options() const { return options_; }
@@ -37,18 +50,23 @@ class MoE : public Layer {
   KNOCK_FUNC void append_state(const std::string& prefix, StateDict& out) const override;
 
  private:
-  void count_load(const Tensor& indices);
+  Tensor within_capacity(const Tensor& indices) const;
+  void count(const Tensor& kept);
 
   MoEOptions options_;
   Routing routing_;
-  Tensor load_, accumulated_load_;
+  Tensor load_, dropped_;
+  MoEHealth health_;
 };
 
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MOE_MOE)
 #include <knock/autograd/checkpoint.hpp>
+#include <knock/ops/binary.hpp>
 #include <knock/ops/moe.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/reduce.hpp>
 
 namespace knock::nn {
 
@@ -62,29 +80,40 @@ KNOCK_FUNC MoE::MoE(const MoEOptions& options) : gate(options), options_(options
     shared_experts = std::make_unique<Mlp>(c, options.shared_experts * f);
     register_module("shared_experts", *shared_experts);
   }
-  accumulated_load_ = zeros({e}, {.dtype = DType::i64});
+  health_ = {zeros({e}, {.dtype = DType::i64}), zeros({}, {.dtype = DType::i64}), zeros({})};
 }
 
 KNOCK_FUNC Tensor MoE::forward(const Tensor& x) {
   check(x.rank() >= 1 && x.size(-1) == options_.hidden, "MoE", "expected x (..., ", options_.hidden, "), got ", x);
   const Tensor tokens = x.reshape({-1, options_.hidden});  // (N, C)
   routing_ = gate.forward(tokens);
-  count_load(routing_.indices);
+  const Tensor kept = within_capacity(routing_.indices);
+  count(kept);
   const DType dtype = x.dtype();
-  Tensor out = moe_experts(tokens, routing_.indices, routing_.weights.to(dtype), gate_proj.to(dtype), up_proj.to(dtype),
+  Tensor out = moe_experts(tokens, kept, routing_.weights.to(dtype), gate_proj.to(dtype), up_proj.to(dtype),
                            down_proj.to(dtype));
   if (shared_experts) out = out + shared_experts->forward(tokens);
   return out.reshape(x.shape());
 }
 
-KNOCK_FUNC void MoE::count_load(const Tensor& indices) {
-  load_ = expert_load(indices, options_.experts);
-  if (is_training() && !autograd::is_recomputing()) accumulated_load_.add_(load_);
+KNOCK_FUNC Tensor MoE::within_capacity(const Tensor& indices) const {
+  if (options_.capacity_factor == 0 || !is_training()) return indices;
+  return knock::within_capacity(indices, options_.experts, expert_capacity(options_, indices.size(0)));
 }
 
-KNOCK_FUNC Tensor MoE::balance_loss() const {
+KNOCK_FUNC void MoE::count(const Tensor& kept) {
+  const NoGradGuard no_grad;
+  load_ = expert_load(routing_.indices, options_.experts);
+  dropped_ = sum((kept < 0).to(DType::i64));
+  if (!is_training() || autograd::is_recomputing() || kept.numel() == 0) return;
+  health_.load.add_(load_);
+  health_.dropped.add_(dropped_);
+  health_.logit_max.copy_(maximum(health_.logit_max, amax(abs(routing_.logits)).to(DType::f32)));
+}
+
+KNOCK_FUNC Tensor MoE::balance_loss(const Tensor& batch_load) const {
   check(load_.defined(), "MoE", "balance_loss needs a forward first");
-  return nn::balance_loss(routing_.probabilities, load_);
+  return nn::balance_loss(routing_.probabilities, batch_load);
 }
 
 KNOCK_FUNC Tensor MoE::z_loss() const {
@@ -92,10 +121,14 @@ KNOCK_FUNC Tensor MoE::z_loss() const {
   return router_z_loss(routing_.logits);
 }
 
+KNOCK_FUNC void MoE::reset_health() {
+  for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max}) counter->zero_();
+}
+
 KNOCK_FUNC void MoE::update_bias(BiasOptions options) {
   if (gate.e_score_correction_bias.defined())
-    gate.e_score_correction_bias.copy_(updated_bias(gate.e_score_correction_bias, accumulated_load_, options));
-  accumulated_load_.zero_();
+    gate.e_score_correction_bias.copy_(updated_bias(gate.e_score_correction_bias, health_.load, options));
+  reset_health();
 }
 
 KNOCK_FUNC void MoE::append_state(const std::string& prefix, StateDict& out) const {

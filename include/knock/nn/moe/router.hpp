@@ -5,6 +5,13 @@
 // whatever the dtype of x. The k best of score + bias are chosen; their weights are the scores without the bias,
 // normalised over the chosen when norm_topk_prob, times routed_scaling_factor. With groups, the experts of all but the
 // topk_group best groups are left out; a group's rank is the sum of its two best biased scores.
+//
+// With a capacity factor an expert takes at most factor * N k / E of a forward's choices while training, the first in
+// the order of the tokens; the others are dropped: they add nothing, and the weights of those that stay are as they
+// were (GShard, arXiv 2006.16668; Switch Transformer, arXiv 2101.03961). In this order a token's output does not depend
+// on what later tokens are, which keeping the best scores or all first choices before second ones would break. In
+// evaluation nothing is dropped, so that decoding token by token equals one forward (DeepSeek-V2, arXiv 2405.04434,
+// drops in training only as well).
 
 #include <knock/nn/init.hpp>
 #include <knock/nn/module.hpp>
@@ -26,10 +33,15 @@ struct MoEOptions {
   int64_t topk_group = 1;  ///< groups a token may choose from
   int64_t shared_experts =
       0;  ///< experts that every token goes to, as one SwiGLU of that many times expert_ffn features
+  double capacity_factor = 0;   ///< of the even share that an expert takes at most in training; 0: any number
+  bool forced_balance = false;  ///< for timing, not for training: experts in turn, whatever the scores
 };
 
 /// Error naming the option when the options contradict each other.
 void check_options(const MoEOptions& options);
+
+/// Choices that an expert takes at most of `tokens` tokens: ceil(capacity_factor * tokens * top_k / experts).
+int64_t expert_capacity(const MoEOptions& options, int64_t tokens);
 
 /// What the router decided for N tokens.
 struct Routing {
@@ -68,6 +80,8 @@ class TopKRouter : public Module {
 #include <knock/ops/sort.hpp>
 #include <knock/ops/view.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <limits>
 
 namespace knock::nn {
@@ -79,6 +93,7 @@ KNOCK_FUNC void check_options(const MoEOptions& o) {
   check(o.experts > 0, where, "experts must be positive, got ", o.experts);
   check(o.top_k > 0 && o.top_k <= o.experts, where, "top_k ", o.top_k, " is outside 1 to experts ", o.experts);
   check(o.shared_experts >= 0, where, "shared_experts must not be negative, got ", o.shared_experts);
+  check(o.capacity_factor >= 0, where, "capacity_factor must not be negative, got ", o.capacity_factor);
   check(o.n_group > 0 && o.experts % o.n_group == 0, where, "experts ", o.experts, " is not divisible by n_group ",
         o.n_group);
   if (o.n_group == 1) return;
@@ -88,6 +103,12 @@ KNOCK_FUNC void check_options(const MoEOptions& o) {
         o.n_group);
   check(o.top_k <= o.topk_group * group, where, "top_k ", o.top_k, " exceeds the ", o.topk_group * group,
         " experts of topk_group ", o.topk_group, " groups");
+}
+
+KNOCK_FUNC int64_t expert_capacity(const MoEOptions& o, int64_t tokens) {
+  const double most =
+      std::ceil(o.capacity_factor * static_cast<double>(tokens * o.top_k) / static_cast<double>(o.experts));
+  return static_cast<int64_t>(std::min(most, static_cast<double>(tokens)));
 }
 
 KNOCK_FUNC TopKRouter::TopKRouter(const MoEOptions& options) : options_(options) {
@@ -113,6 +134,10 @@ KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
 
 KNOCK_FUNC Tensor TopKRouter::choose(const Tensor& scores) const {
   const NoGradGuard no_grad;
+  if (options_.forced_balance) {
+    const int64_t tokens = scores.size(0), k = options_.top_k;
+    return remainder(arange(0, tokens * k, 1, {DType::i64, scores.device()}), options_.experts).reshape({tokens, k});
+  }
   Tensor biased = scores;  // (N, E)
   if (e_score_correction_bias.defined()) biased = biased + e_score_correction_bias;
   if (options_.n_group > 1) {
