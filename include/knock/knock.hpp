@@ -46,9 +46,17 @@
 #include <knock/ops/view.hpp>
 
 #include <knock/nn/attention/attention.hpp>
+#include <knock/nn/attention/cost.hpp>
+#include <knock/nn/attention/gla2.hpp>
 #include <knock/nn/attention/grouped.hpp>
+#include <knock/nn/attention/gta.hpp>
+#include <knock/nn/attention/hydra.hpp>
 #include <knock/nn/attention/knock.hpp>
+#include <knock/nn/attention/make_attention.hpp>
+#include <knock/nn/attention/mla.hpp>
+#include <knock/nn/attention/moa.hpp>
 #include <knock/nn/attention/options.hpp>
+#include <knock/nn/attention/talking_heads.hpp>
 #include <knock/nn/dropout.hpp>
 #include <knock/nn/embedding.hpp>
 #include <knock/nn/init.hpp>

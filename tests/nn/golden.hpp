@@ -1,5 +1,5 @@
 #pragma once
-// Reading tests/golden/nn.safetensors: the cases that tests/golden/nn.py computed with PyTorch in f64.
+// Reading the cases that tests/golden/{nn,attention}.py computed with PyTorch in f64.
 #include <doctest/doctest.h>
 #include <knock/knock.hpp>
 #include <support/compare.hpp>
@@ -13,18 +13,35 @@ namespace test {
 
 using namespace knock;
 
-inline const std::string golden_path = KNOCK_TEST_DATA "/nn.safetensors";
+inline const std::vector<std::string> golden_files = {KNOCK_TEST_DATA "/nn.safetensors",
+                                                      KNOCK_TEST_DATA "/attention.safetensors",
+                                                      KNOCK_TEST_DATA "/attention_kinds.safetensors"};
 
 inline const StateDict& golden() {
-  static const StateDict data = io::load_safetensors(golden_path);
+  static const StateDict data = [] {
+    StateDict all;
+    for (const std::string& file : golden_files)
+      for (const auto& [name, tensor] : io::load_safetensors(file)) all.insert(name, tensor);
+    return all;
+  }();
   return data;
+}
+
+/// The options of a case.
+inline nlohmann::json golden_options(const std::string& name) {
+  for (const std::string& file : golden_files)
+    if (const auto metadata = io::safetensors_metadata(file); metadata.count(name))
+      return nlohmann::json::parse(metadata.at(name));
+  FAIL("no golden case ", name);
+  return {};
 }
 
 /// Cases below a prefix, such as "moe/", with their options.
 inline std::vector<std::pair<std::string, nlohmann::json>> golden_cases(const std::string& prefix) {
   std::vector<std::pair<std::string, nlohmann::json>> out;
-  for (const auto& [name, options] : io::safetensors_metadata(golden_path))
-    if (name.starts_with(prefix)) out.emplace_back(name, nlohmann::json::parse(options));
+  for (const std::string& file : golden_files)
+    for (const auto& [name, options] : io::safetensors_metadata(file))
+      if (name.starts_with(prefix)) out.emplace_back(name, nlohmann::json::parse(options));
   REQUIRE(out.size() >= 2);
   return out;
 }

@@ -8,7 +8,8 @@
 // The first `dense_layers` layers have a SwiGLU block, the others routed experts. Parameters carry Hugging Face's names
 // (model.layers.N.self_attn.q_proj.weight, ...).
 
-#include <knock/nn/attention/grouped.hpp>
+#include <knock/nn/attention/cost.hpp>
+#include <knock/nn/attention/make_attention.hpp>
 #include <knock/nn/embedding.hpp>
 #include <knock/nn/mlp.hpp>
 #include <knock/nn/moe/moe.hpp>
@@ -31,9 +32,15 @@ struct MoeLmConfig {
   nn::KnockOptions knock = {.v = nn::Knock::mlp};
   bool qk_norm = true;
   bool rope = true;
-  int64_t rope_dim = 0;  ///< 0: head_dim
+  int64_t rope_dim = 0;  ///< 0: what the attention kind implies
   double rope_theta = 10000;
-  int64_t window = 0;  ///< 0: none
+  int64_t window = 0;    ///< 0: none
+  int64_t nope_dim = 0;  ///< mla, gla2: see nn::AttentionOptions; 0: what it says there
+  int64_t v_head_dim = 0;
+  int64_t q_lora_rank = 0;
+  int64_t kv_lora_rank = 0;
+  int64_t attention_experts = 0;  ///< moa: query heads to choose from
+  int64_t attention_top_k = 0;    ///< moa: heads a token chooses
   double norm_eps = 1e-6;
   int64_t experts = 8;  ///< 0: every layer is dense
   int64_t top_k = 2;
@@ -54,6 +61,8 @@ struct MoeLmConfig {
 
 /// Error naming the key that is impossible or contradicts another.
 void check_config(const MoeLmConfig& config);
+/// The options of every layer's attention block, defaults filled in.
+nn::AttentionOptions attention_options(const MoeLmConfig& config);
 
 /// Sizes that follow from a config.
 struct ModelCost {
@@ -61,7 +70,8 @@ struct ModelCost {
   int64_t active_parameters = 0;  ///< of one token: its top_k experts only
   int64_t matmul_weights = 0;     ///< active ones that are multiplied: the look-up left out, the output head counted
   /// Floating-point operations of a training step, forward and backward, per token at this sequence length:
-  /// 6 * matmul_weights, knocks counted per head, and 6 * q_heads * head_dim * T per layer for causal attention.
+  /// 6 * matmul_weights, knocks counted per head, and three times the forward's scores and weighted sums (nn::cost):
+  /// 6 * q_heads * head_dim * T per layer for causal attention with heads of one size.
   double training_flops_per_token = 0;
   int64_t cache_numbers_per_token = 0;  ///< numbers that decoding keeps for each token
 };
@@ -83,6 +93,7 @@ class DecoderLayer : public nn::Module {
 struct LmInputs {
   Tensor positions = {};                       ///< (T) or (B, T) i64; by default they continue the cache, or start at 0
   std::vector<nn::KvCache>* caches = nullptr;  ///< one a layer, for decoding
+  Tensor documents = {};  ///< (T) or (B, T) i64: a token attends to its own document only (see nn::AttentionInputs)
 };
 
 class MoeLm : public nn::Module {
@@ -102,8 +113,11 @@ class MoeLm : public nn::Module {
 
   const MoeLmConfig& config() const { return config_; }
   std::vector<std::unique_ptr<DecoderLayer>>& layers() { return layers_; }
+  const std::vector<std::unique_ptr<DecoderLayer>>& layers() const { return layers_; }
   /// The layers' expert blocks, in order.
   std::vector<nn::MoE*> moe_layers() const;
+  /// What the attention blocks want added to the loss after a forward (moa), summed; undefined when nothing.
+  Tensor attention_loss() const;
 
  private:
   void init_weights();
@@ -130,19 +144,26 @@ namespace knock::models {
 namespace detail {
 
 KNOCK_FUNC nn::AttentionOptions attention_options(const MoeLmConfig& c) {
+  const bool grouped = c.attention == nn::AttentionVariant::gqa || c.attention == nn::AttentionVariant::gta;
   return {.hidden = c.hidden,
           .q_heads = c.q_heads,
-          .kv_heads = c.attention == nn::AttentionVariant::gqa ? c.kv_heads : 0,
+          .kv_heads = grouped ? c.kv_heads : 0,
           .head_dim = c.head_dim,
           .variant = c.attention,
           .knock = c.knock,
-          .qk_norm = c.qk_norm,
+          .qk_norm = c.qk_norm && nn::is_grouped(c.attention),
           .norm_eps = c.norm_eps,
           .rope = c.rope,
           .rope_dim = c.rope_dim,
           .rope_theta = c.rope_theta,
           .causal = true,
-          .window = c.window};
+          .window = c.window,
+          .nope_dim = c.nope_dim,
+          .v_head_dim = c.v_head_dim,
+          .q_lora_rank = c.q_lora_rank,
+          .kv_lora_rank = c.kv_lora_rank,
+          .experts = c.attention_experts,
+          .top_k = c.attention_top_k};
 }
 
 KNOCK_FUNC nn::MoEOptions moe_options(const MoeLmConfig& c) {
@@ -163,19 +184,11 @@ KNOCK_FUNC nn::MoEOptions moe_options(const MoeLmConfig& c) {
 
 KNOCK_FUNC bool is_dense(const MoeLmConfig& c, int64_t layer) { return c.experts == 0 || layer < c.dense_layers; }
 
-/// Matrices of a knock, each head_dim x head_dim.
-KNOCK_FUNC int64_t knock_matrices(nn::Knock knock) {
-  switch (knock) {
-    case nn::Knock::none:
-      return 0;
-    case nn::Knock::mlp:
-      return 3;
-    default:
-      return 1;
-  }
-}
-
 }  // namespace detail
+
+KNOCK_FUNC nn::AttentionOptions attention_options(const MoeLmConfig& config) {
+  return nn::resolved(detail::attention_options(config));
+}
 
 KNOCK_FUNC void check_config(const MoeLmConfig& c) {
   constexpr std::string_view where = "model";
@@ -192,13 +205,7 @@ KNOCK_FUNC void check_config(const MoeLmConfig& c) {
 
 KNOCK_FUNC ModelCost cost(const MoeLmConfig& c, int64_t sequence_length) {
   check_config(c);
-  const nn::AttentionOptions a = nn::resolved(detail::attention_options(c));
-  const int64_t d = a.head_dim, kv = a.kv_heads, q = a.q_heads;
-  const int64_t projections = c.hidden * d * (2 * q + 2 * kv);
-  const int64_t kq = detail::knock_matrices(c.knock.q), kk = detail::knock_matrices(c.knock.k),
-                kvk = detail::knock_matrices(c.knock.v);
-  const int64_t attention = projections + (kq + kk + kvk) * d * d + (c.qk_norm ? 2 * d : 0);
-  const int64_t attention_matmul = projections + (kq * q + (kk + kvk) * kv) * d * d;
+  const nn::AttentionCost attention = nn::cost(detail::attention_options(c), sequence_length);
   const int64_t norms = 2 * c.hidden, expert = 3 * c.hidden * c.expert_ffn;
 
   ModelCost out;
@@ -210,13 +217,13 @@ KNOCK_FUNC ModelCost cost(const MoeLmConfig& c, int64_t sequence_length) {
     const bool dense = detail::is_dense(c, layer);
     const int64_t always = dense ? 3 * c.hidden * c.dense_ffn : c.experts * c.hidden + c.shared_experts * expert;
     const int64_t active = always + (dense ? 0 : c.top_k * expert), all = always + (dense ? 0 : c.experts * expert);
-    out.parameters += attention + norms + all;
-    out.active_parameters += attention + norms + active;
-    out.matmul_weights += attention_matmul + active;
+    out.parameters += attention.parameters + norms + all;
+    out.active_parameters += attention.active_parameters + norms + active;
+    out.matmul_weights += attention.matmul_weights + active;
   }
-  out.training_flops_per_token = 6 * static_cast<double>(out.matmul_weights) +
-                                 static_cast<double>(c.layers) * 6 * static_cast<double>(q * d * sequence_length);
-  out.cache_numbers_per_token = c.layers * 2 * kv * d;
+  out.training_flops_per_token =
+      6 * static_cast<double>(out.matmul_weights) + 3 * static_cast<double>(c.layers) * attention.score_flops;
+  out.cache_numbers_per_token = c.layers * attention.cache_numbers;
   return out;
 }
 
@@ -259,13 +266,17 @@ KNOCK_FUNC MoeLm::MoeLm(const MoeLmConfig& config)
 }
 
 // Normal with deviation 0.02 (GPT-2's), divided by sqrt(2 * layers) for what is added to the residual stream, and
-// 1 / sqrt(hidden) for the embedding, so that tied logits start with deviation 1. Norms and knocks keep their own
-// start.
+// 1 / sqrt(hidden) for the embedding, so that tied logits start with deviation 1. Norms, knocks and the mixing of
+// talking heads keep their own start.
 KNOCK_FUNC void MoeLm::init_weights() {
   const NoGradGuard no_grad;
+  const auto keeps_start = [](const std::string& name) {
+    return name.find("knock_") != std::string::npos || name.ends_with("attn.pre.weight") ||
+           name.ends_with("attn.post.weight");
+  };
   const double residual = 1 / std::sqrt(2 * static_cast<double>(config_.layers));
   for (auto& [name, tensor] : named_parameters()) {
-    if (tensor.rank() < 2 || name.find("knock_") != std::string::npos) continue;
+    if (tensor.rank() < 2 || keeps_start(name)) continue;
     double deviation = 0.02;
     if (name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight")) deviation *= residual;
     if (name.ends_with("embed_tokens.weight")) deviation = 1 / std::sqrt(static_cast<double>(config_.hidden));
@@ -279,8 +290,9 @@ KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
         layers_.size(), " layers");
   Tensor h = embed_tokens_(tokens).to(compute_dtype_);  // (B, T, C)
   for (std::size_t i = 0; i < layers_.size(); ++i)
-    h = layers_[i]->forward(h,
-                            {.positions = inputs.positions, .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr});
+    h = layers_[i]->forward(h, {.positions = inputs.positions,
+                                .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr,
+                                .documents = inputs.documents});
   h = norm_(h);
   return lm_head_ ? lm_head_->forward(h) : linear(h, embed_tokens_.weight.to(h.dtype()));
 }
@@ -294,6 +306,14 @@ KNOCK_FUNC std::vector<nn::MoE*> MoeLm::moe_layers() const {
   for (const auto& layer : layers_)
     if (layer->moe) out.push_back(layer->moe.get());
   return out;
+}
+
+KNOCK_FUNC Tensor MoeLm::attention_loss() const {
+  Tensor total;
+  for (const auto& layer : layers_)
+    if (const Tensor loss = layer->self_attn->auxiliary_loss(); loss.defined())
+      total = total.defined() ? total + loss : loss;
+  return total;
 }
 
 }  // namespace knock::models

@@ -21,6 +21,10 @@ namespace knock {
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 
+/// Each slot through its own expert's matrix, without weights or a sum: x (N, C), the same for a token's slots, or (N, k,
+/// C), indices (N, k) i64 in [0, E), weight (E, F, C) -> (N, k, F). Slots are sorted by expert, one product each.
+Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight);
+
 /// How many slots go to each expert: indices (N, k) -> (E) i64.
 Tensor expert_load(const Tensor& indices, int64_t experts);
 
@@ -32,16 +36,19 @@ Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity)
 namespace composite {
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
+Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight);
 }  // namespace composite
 
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MOE)
+#include <knock/autograd/grad_mode.hpp>
 #include <knock/autograd/twin.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/reduce.hpp>
 #include <knock/ops/scan.hpp>
 #include <knock/ops/sort.hpp>
 #include <knock/ops/view.hpp>
@@ -134,6 +141,83 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tens
     out = index_add(out, 0, tokens, scaled);
   }
   return out;
+}
+}  // namespace composite
+
+namespace detail {
+
+KNOCK_FUNC void check_expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight) {
+  constexpr const char* op = "expert_linear";
+  check_same_device(op, {x, indices, weight});
+  check(indices.rank() == 2 && indices.dtype() == DType::i64, op, "indices must be i64 (N, k), got ", indices);
+  check(weight.rank() == 3 && is_float(x.dtype()) && weight.dtype() == x.dtype(), op,
+        "x must be floating and weight (E, F, C) of its dtype, got ", x, " and ", weight);
+  const Shape token{indices.size(0), weight.size(2)}, slot{indices.size(0), indices.size(1), weight.size(2)};
+  check(x.shape() == token || x.shape() == slot, op, "x ", x, " must be (N, C) = ", token, " or (N, k, C) = ", slot);
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight) {
+  detail::check_expert_linear(x, indices, weight);
+  const int64_t tokens = indices.size(0), k = indices.size(1), slots = tokens * k;
+  const int64_t experts = weight.size(0), out_features = weight.size(1), in_features = weight.size(2);
+  const TensorOptions integers{DType::i64, x.device()};
+  const Tensor order = empty({slots}, integers), offsets = empty({experts + 1}, integers);
+  kernel(&Backend::moe_sort, "expert_linear", x)(indices.contiguous().array(), order.array(), offsets.array());
+  const auto begin = offsets.to_vector<int64_t>();
+  check(begin.back() == slots, "expert_linear", "indices must lie in [0, ", experts, ")");
+  const Tensor place = argsort(order);  // of each slot in the sorted list
+  const auto sorted_rows = [=](const Tensor& input) {
+    return input.rank() == 2 ? index_select(input, 0, floor_divide(order, k))
+                             : index_select(input.reshape({slots, in_features}), 0, order);
+  };
+  const auto for_each_expert = [=](auto&& body) {
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t first = begin[static_cast<std::size_t>(e)], count = begin[static_cast<std::size_t>(e + 1)] - first;
+      if (count > 0) body(e, [=](const Tensor& rows) { return rows.narrow(0, first, count); });
+    }
+  };
+  Tensor out;
+  {
+    const NoGradGuard no_grad;
+    const Tensor rows = sorted_rows(x), sorted = empty({slots, out_features}, {x.dtype(), x.device()});
+    for_each_expert([&](int64_t e, auto&& own) { own(sorted).copy_(linear(own(rows), weight[e])); });
+    out = index_select(sorted, 0, place).reshape({tokens, k, out_features});
+  }
+  using autograd::Saved;
+  return autograd::record(
+      "expert_linear", out, {x, weight},
+      [=, sx = Saved(x), sw = Saved(weight), si = Saved(indices)](const autograd::Upstream& up) -> Tensors {
+        const Tensor x_now = sx.get(up), w_now = sw.get(up);
+        if (autograd::is_recording())
+          return autograd::twin_gradients(up, {x_now, w_now}, [&](const Tensors& in) {
+            return composite::expert_linear(in[0], si.get(up), in[1]);
+          });
+        const Tensor rows = sorted_rows(x_now), dy = index_select(up.dy().reshape({slots, out_features}), 0, order);
+        const Tensor dw = zeros_like(w_now), dx_rows = empty_like(rows);
+        for_each_expert([&](int64_t e, auto&& own) {
+          dw[e].copy_(matmul(own(dy).t(), own(rows)));
+          own(dx_rows).copy_(matmul(own(dy), w_now[e]));
+        });
+        const Tensor dx = index_select(dx_rows, 0, place).reshape({tokens, k, in_features});
+        return {x_now.rank() == 2 ? sum(dx, {1}) : dx, dw};
+      });
+}
+
+namespace composite {
+KNOCK_FUNC Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight) {
+  detail::check_expert_linear(x, indices, weight);
+  const int64_t k = indices.size(1), slots = indices.numel(), out_features = weight.size(1);
+  const Tensor flat = indices.reshape({-1});
+  Tensor out = zeros({slots, out_features}, {x.dtype(), x.device()});
+  for (int64_t e = 0; e < weight.size(0); ++e) {
+    const Tensor own = nonzero(eq(flat, e)).reshape({-1});
+    const Tensor rows = x.rank() == 2 ? index_select(x, 0, floor_divide(own, k))
+                                      : index_select(x.reshape({slots, weight.size(2)}), 0, own);
+    out = index_add(out, 0, own, linear(rows, weight[e]));
+  }
+  return out.reshape({indices.size(0), k, out_features});
 }
 }  // namespace composite
 

@@ -7,6 +7,9 @@
 //   gate     2 x * sigmoid(x W_gate)                   W_gate = 0
 //
 // Each is exactly the identity at the start. Matrices are stored as Linear weights: the transposes of the formulas'.
+//
+// A linear knock behind a projection folds into it: (x W) T = x (W T), a head at a time. A matrix in front of the
+// output projection folds into that one's columns. Both are done in f64 and rounded once.
 
 #include <knock/nn/attention/options.hpp>
 #include <knock/nn/linear.hpp>
@@ -36,9 +39,18 @@ class KnockLayer : public Layer {
   std::unique_ptr<Linear> up_, gate_, down_;
 };
 
+/// rows (..., d, C), the rows of each head in a projection's weight, become those of the projection with the knock
+/// (d, d) behind it, times `scale`.
+void fold_into_rows(const Tensor& rows, const Tensor& knock, double scale = 1);
+/// columns (..., d), the columns of each head in an output projection's weight, become those of the projection with the
+/// knock (d, d) in front of it.
+void fold_into_columns(const Tensor& columns, const Tensor& knock);
+
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_KNOCK)
+#include <knock/autograd/grad_mode.hpp>
+#include <knock/ops/binary.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/pointwise.hpp>
 
@@ -64,6 +76,16 @@ KNOCK_FUNC Tensor KnockLayer::forward(const Tensor& x) {
   const Tensor gate = sigmoid(gate_->forward(x));
   if (kind_ == Knock::gate) return 2 * (x * gate);
   return down_->forward(2 * (up_->forward(x) * gate));
+}
+
+KNOCK_FUNC void fold_into_rows(const Tensor& rows, const Tensor& knock, double scale) {
+  const NoGradGuard no_grad;
+  Tensor(rows).copy_(scale * matmul(knock.to(DType::f64), rows.to(DType::f64)));
+}
+
+KNOCK_FUNC void fold_into_columns(const Tensor& columns, const Tensor& knock) {
+  const NoGradGuard no_grad;
+  Tensor(columns).copy_(matmul(columns.to(DType::f64), knock.to(DType::f64)));
 }
 
 }  // namespace knock::nn
