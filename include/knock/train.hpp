@@ -7,6 +7,9 @@
 #include <knock/data/corpus.hpp>
 #include <knock/data/loader.hpp>
 #include <knock/data/tokenizer.hpp>
+#include <knock/interop/architecture.hpp>
+#include <knock/interop/hf.hpp>
+#include <knock/interop/hf_config.hpp>
 #include <knock/io/file.hpp>
 #include <knock/io/folder.hpp>
 #include <knock/train/checkpoint.hpp>

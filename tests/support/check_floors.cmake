@@ -19,8 +19,9 @@ set(floors  # one row each, lowest first: regular expressions on the path withou
   "models/.*"
   "knock"
   "train/.*"
+  "interop/.*"
   "train")
-set(trainer_side "^(data/.*|io/checkpoint|train/.*|train)$")
+set(trainer_side "^(data/.*|io/checkpoint|train/.*|interop/.*|train)$")
 set(trainer_libraries "^(toml\\+\\+/|toml\\.hpp|pcre2\\.h|nlohmann/|zlib\\.h)")
 
 set(errors "")

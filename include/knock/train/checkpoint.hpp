@@ -29,7 +29,7 @@ struct RunState {
   int64_t step = 0;  ///< optimizer steps done
   RngState random;
   data::LoaderPosition position;
-  uint64_t data_hash = 0;    ///< of the training tokens: a run goes on only with the same data
+  uint64_t data_hash = 0;    ///< of the training tokens: a run goes on only with the same data; 0: there are none yet
   double train_seconds = 0;  ///< spent in training steps so far
   bool reported = false;     ///< whether the evaluation and sample that are due after this step are in the log
 };
@@ -40,6 +40,9 @@ struct Checkpoint {
   Config config;
   RunState state;
   std::map<std::string, std::string> checksums;  ///< by the file's name
+
+  /// A model that no run has trained yet, such as an imported one: any text and any optimizer may go on from it.
+  bool untrained() const { return state.step == 0 && state.data_hash == 0; }
 
   data::Tokenizer tokenizer() const;
   StateDict model_state() const;
