@@ -398,6 +398,9 @@ TEST_CASE("moe: loads, drops and logits count once: not in evaluation, not again
   moe(x);
   CHECK(nothing());
   moe.train();
+  moe(-x);
+  CHECK(moe.health().logit_max.item() == amax(abs(moe.gate.forward(x).logits)).item());
+  moe.reset_health();
   moe(x);
   moe(x);
   CHECK(total() == 40);
