@@ -1,7 +1,8 @@
 // seconds and memory of a training step: forward, backward, clipping and AdamW, on random tokens
 //
-//   ./run bench train_step [--config tiny|small|long|many|dense|default] [--precision f32|bf16] [--threads N]
-//                          [--steps N] [--json] [--model.key=value ...]
+//   ./run bench train_step [--config NAME] [--precision f32|bf16] [--threads N] [--steps N] [--json]
+//   [--model.key=value] NAME: tiny, small, long, many, dense, moe-6b1-layer (one layer of the paper's main model),
+//   default
 //
 // FLOPs are counted as 6 times the active matrix weights a token (router and output head included, the look-up not)
 // plus 6 q_heads head_dim T a layer and token for causal attention: see models::cost.
@@ -32,9 +33,13 @@ StepShape apply_shape(const std::string& name, models::MoeLmConfig& m) {
     StepShape step;
   };
   constexpr Row rows[] = {
-      {"tiny", 2048, 6, 256, 8, 2, 32, 16, 4, 128, {16, 256}}, {"small", 8192, 8, 512, 8, 2, 64, 32, 4, 256, {4, 1024}},
-      {"long", 8192, 4, 512, 8, 2, 64, 16, 4, 256, {1, 8192}}, {"many", 8192, 4, 512, 8, 2, 64, 128, 8, 96, {4, 512}},
+      {"tiny", 2048, 6, 256, 8, 2, 32, 16, 4, 128, {16, 256}},
+      {"small", 8192, 8, 512, 8, 2, 64, 32, 4, 256, {4, 1024}},
+      {"long", 8192, 4, 512, 8, 2, 64, 16, 4, 256, {1, 8192}},
+      {"many", 8192, 4, 512, 8, 2, 64, 128, 8, 96, {4, 512}},
       {"dense", 8192, 8, 512, 8, 8, 64, 0, 0, 1408, {4, 512}},
+      {"moe-6b1-layer", 2048, 1, 2048, 32, 4, 128, 128, 8, 384, {1, 1024}},  // one layer of
+                                                                             // configs/paper/moe-6b1-a1b.toml
   };
   if (name == "default") return {train::TrainOptions().batch_size, train::TrainOptions().seq_len};
   for (const Row& row : rows) {
@@ -46,7 +51,7 @@ StepShape apply_shape(const std::string& name, models::MoeLmConfig& m) {
     m.tie_embeddings = true;
     return row.step;
   }
-  fail("bench", "unknown --config ", name, "; known: tiny, small, long, many, dense, default");
+  fail("bench", "unknown --config ", name, "; known: tiny, small, long, many, dense, moe-6b1-layer, default");
 }
 
 struct Arguments {

@@ -46,6 +46,28 @@ TEST_CASE("train_lm: --help and --dry-run") {
   CHECK(again.out == dry.out);
 }
 
+TEST_CASE("train_lm: every kind of attention trains, is resumed and generates, with documents kept apart too") {
+  const TinyTraining tiny;
+  for (const auto& [kind, knock] : std::vector<std::pair<std::string, std::string>>{{"mha", "mlp"},
+                                                                                    {"mqa", "gate"},
+                                                                                    {"gta", "mlp"},
+                                                                                    {"mla", "linear"},
+                                                                                    {"gla2", "linear"},
+                                                                                    {"moa", "mlp"},
+                                                                                    {"talking_heads", "mlp"},
+                                                                                    {"hydra", "none"}}) {
+    INFO(kind);
+    check_success(
+        tiny.train("--train.document_mask=true --model.attention=" + kind + " --model.knock.v=" + knock, kind));
+    check_success(tiny.resume("--train.steps=8", kind));
+    check_success(tiny.generate("--prompt Emma", kind));
+  }
+  check_failure(tiny.train("--model.attention=mla --model.knock.v=mlp"), "only a linear knock");
+  check_failure(tiny.train("--model.attention=gta --model.knock.k=linear"), "no meaning in gta");
+  check_failure(tiny.train("--model.attention=hydra"), "nothing to knock");
+  check_failure(tiny.train("--model.attention=mlp"), "talking_heads");
+}
+
 TEST_CASE("train_lm: wrong usage has exit code 2") {
   for (const auto& [arguments, part] :
        std::vector<std::pair<std::string, std::string>>{{"--frobnicate", "unknown option --frobnicate"},

@@ -1,6 +1,6 @@
 """Golden data of the mixture of experts and of tiny language models, from PyTorch in f64.
 
-    python nn.py            writes nn.safetensors beside this file
+    python nn.py            writes nn.safetensors and lm.safetensors beside this file
     python nn.py --check    regenerates and compares
 
 The formulas are in reference.py. Dimensions all differ, and weights are away from their start.
@@ -44,10 +44,15 @@ moe_case("capacity_tight", capacity_factor=0.4, top_k=3, router="softmax", norm_
 moe_case("capacity_groups", capacity_factor=0.75, n_group=2, topk_group=1, routed_scaling_factor=2.5)
 
 
-def lm_case(case, tie):
-    a = {"variant": "gqa", "hidden": 12, "q_heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "norm_eps": 1e-6, "rope": True,
-         "rope_dim": 0, "rope_theta": 10000.0, "causal": True, "window": 0, "knock": {"q": "linear", "k": "none", "v": "mlp"},
-         "positions": list(range(9))}
+golden.save("nn.safetensors")
+golden = Golden()
+data, meta = golden.data, golden.meta
+
+
+def lm_case(case, tie, **kind):
+    a = {"variant": "gqa", "hidden": 12, "q_heads": 4, "kv_heads": 2, "head_dim": 6, "qk_norm": True, "norm_eps": 1e-6,
+         "rope": True, "rope_dim": 0, "rope_theta": 10000.0, "causal": True, "window": 0,
+         "knock": {"q": "linear", "k": "none", "v": "mlp"}, "positions": list(range(9))} | kind
     m = {"hidden": 12, "expert_ffn": 5, "experts": 4, "top_k": 2, "router": "sigmoid", "router_bias": True,
          "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "shared_experts": 1,
          "capacity_factor": 0.0}
@@ -103,10 +108,15 @@ def lm_case(case, tie):
     for name, value in p.items():
         data[f"{case}/after/{name}"] = value
     data[f"{case}/tokens"], data[f"{case}/losses"] = tokens, torch.tensor(losses)
-    meta[case] = json.dumps({"tie": tie})
+    a.pop("losses", None)
+    meta[case] = json.dumps(a | {"tie": tie})
 
 
 lm_case("lm/tied", True)
 lm_case("lm/untied", False)
-
-golden.save("nn.safetensors")
+LINEAR = {"q": "linear", "k": "linear", "v": "linear"}
+lm_case("lm/gta", True, variant="gta", qk_norm=False, rope_dim=2)
+lm_case("lm/mla", True, variant="mla", qk_norm=False, rope_dim=2, nope_dim=5, v_head_dim=3, q_lora_rank=7, kv_lora_rank=9,
+        knock=LINEAR)
+lm_case("lm/moa", True, variant="moa", qk_norm=False, experts=5, top_k=3, q_heads=3)
+golden.save("lm.safetensors")

@@ -16,6 +16,20 @@ MoeLmConfig golden_config(bool tie) {
   return c;
 }
 
+/// With the attention of a golden case.
+MoeLmConfig golden_config(const nlohmann::json& o) {
+  MoeLmConfig c = golden_config(o["tie"].get<bool>());
+  const auto size = [&](const char* key) { return o.value(key, int64_t{0}); };
+  for (std::size_t i = 0; i < nn::attention_variant_names.size(); ++i)
+    if (nn::attention_variant_names[i] == o["variant"].get<std::string>())
+      c.attention = static_cast<nn::AttentionVariant>(i);
+  if (nn::is_latent(c.attention)) c.knock = {nn::Knock::linear, nn::Knock::linear, nn::Knock::linear};
+  c.rope_dim = size("rope_dim"), c.nope_dim = size("nope_dim"), c.v_head_dim = size("v_head_dim");
+  c.q_lora_rank = size("q_lora_rank"), c.kv_lora_rank = size("kv_lora_rank");
+  c.attention_experts = size("experts"), c.attention_top_k = size("top_k");
+  return c;
+}
+
 MoeLmConfig small_config() {
   MoeLmConfig c = golden_config(true);
   c.vocab_size = 50;
@@ -29,8 +43,7 @@ TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after f
     const auto& name = golden_case.first;
     const auto& options = golden_case.second;
     INFO(name);
-    const bool tie = options["tie"];
-    MoeLm model(golden_config(tie));
+    MoeLm model(golden_config(options));
     model.to(DType::f64);
     model.set_compute_dtype(DType::f64);
     StateDict start = golden_group(name, "param");
@@ -101,20 +114,54 @@ TEST_CASE("MoeLm: a strict load names everything that is missing, unexpected and
   CHECK(model.parameters()[0].to_vector<float>() != before);
 }
 
-TEST_CASE("MoeLm: absorbed knocks give the same logits; decoding equals one forward") {
+TEST_CASE("MoeLm: absorbed knocks give the same logits; decoding equals one forward, whatever the attention") {
   const NoGradGuard no_grad;
-  MoeLm model(small_config());
-  model.to(DType::f64);
-  model.set_compute_dtype(DType::f64);
-  for (const auto& [name, parameter] : model.named_parameters()) Tensor(parameter).add_(0.2 * randn_like(parameter));
+  for (std::size_t kind = 0; kind < nn::attention_variant_names.size(); ++kind) {
+    MoeLmConfig c = small_config();
+    c.attention = static_cast<nn::AttentionVariant>(kind);
+    INFO(nn::to_text(c.attention));
+    const auto linear = nn::Knock::linear;
+    if (nn::is_latent(c.attention)) c.knock = {linear, linear, linear};
+    if (c.attention == nn::AttentionVariant::hydra) c.knock = {};
+    MoeLm model(c);
+    CHECK(models::cost(c, 64).parameters == model.parameter_count());
+    model.to(DType::f64);
+    model.set_compute_dtype(DType::f64);
+    for (const auto& [name, parameter] : model.named_parameters()) Tensor(parameter).add_(0.2 * randn_like(parameter));
+    const Tensor tokens = randint(0, 50, {2, 12});
+    const Tensor logits = model(tokens);
+    auto caches = model.make_caches();
+    Tensors parts = {model(tokens.narrow(1, 0, 5), {.caches = &caches})};
+    for (int64_t t = 5; t < 12; ++t) parts.push_back(model(tokens.narrow(1, t, 1), {.caches = &caches}));
+    CHECK(distance(cat(parts, 1), logits) <= 1e-12);
+    model.absorb_knocks();
+    CHECK(distance(model(tokens), logits) <= 1e-12);
+    const Tensor documents = from_data(std::vector<int64_t>{0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1}, {12});
+    const Tensor packed = model(tokens, {.documents = documents});
+    CHECK(distance(packed.narrow(1, 5, 7), model(tokens.narrow(1, 5, 7).contiguous())) <= 1e-12);
+  }
+}
+
+TEST_CASE("MoeLm: MoA's losses are offered, summed over the layers; other kinds have none") {
+  MoeLmConfig c = small_config();
+  MoeLm plain(c);
   const Tensor tokens = randint(0, 50, {2, 12});
-  const Tensor logits = model(tokens);
-  auto caches = model.make_caches();
-  Tensors parts = {model(tokens.narrow(1, 0, 5), {.caches = &caches})};
-  for (int64_t t = 5; t < 12; ++t) parts.push_back(model(tokens.narrow(1, t, 1), {.caches = &caches}));
-  CHECK(distance(cat(parts, 1), logits) <= 1e-12);
-  model.absorb_knocks();
-  CHECK(distance(model(tokens), logits) <= 1e-12);
+  plain(tokens);
+  CHECK_FALSE(plain.attention_loss().defined());
+  c.attention = nn::AttentionVariant::moa;
+  MoeLm model(c);
+  model(tokens);
+  double expected = 0;
+  for (const auto& layer : model.layers()) {
+    const auto& moa = dynamic_cast<const nn::MoaAttention&>(*layer->self_attn);
+    expected += 0.01 * moa.balance_loss().item() + 0.001 * moa.z_loss().item();
+    CHECK(sum(moa.load()).item<int64_t>() == 2 * 12 * 4);
+  }
+  const Tensor loss = model.attention_loss();
+  CHECK(loss.item() == doctest::Approx(expected));
+  loss.backward();
+  for (const auto& layer : model.layers())
+    CHECK(dynamic_cast<const nn::MoaAttention&>(*layer->self_attn).gate.weight.grad().defined());
 }
 
 TEST_CASE("MoeLm: knocks at their start change no bit of the logits") {

@@ -13,9 +13,9 @@ namespace test {
 
 using namespace knock;
 
-inline const std::vector<std::string> golden_files = {KNOCK_TEST_DATA "/nn.safetensors",
-                                                      KNOCK_TEST_DATA "/attention.safetensors",
-                                                      KNOCK_TEST_DATA "/attention_kinds.safetensors"};
+inline const std::vector<std::string> golden_files = {
+    KNOCK_TEST_DATA "/nn.safetensors", KNOCK_TEST_DATA "/lm.safetensors", KNOCK_TEST_DATA "/attention.safetensors",
+    KNOCK_TEST_DATA "/attention_kinds.safetensors"};
 
 inline const StateDict& golden() {
   static const StateDict data = [] {

@@ -1,6 +1,7 @@
 // The configuration: every key survives a round trip, and what is impossible is one clear line that names the key.
 #include <knock/core/error.hpp>
 #include <knock/train/config.hpp>
+#include <knock/train/trainer.hpp>
 
 #include <cmath>
 #include <string>
@@ -74,6 +75,12 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"model.rope_dim", "8"},
       {"model.rope_theta", "500000.0"},
       {"model.window", "64"},
+      {"model.nope_dim", "20"},
+      {"model.v_head_dim", "28"},
+      {"model.q_lora_rank", "40"},
+      {"model.kv_lora_rank", "44"},
+      {"model.attention_experts", "9"},
+      {"model.attention_top_k", "5"},
       {"model.norm_eps", "1.1e-5"},
       {"model.experts", "16"},
       {"model.top_k", "3"},
@@ -99,6 +106,7 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"train.steps", "999999999"},
       {"train.batch_size", "3"},
       {"train.seq_len", "33"},
+      {"train.document_mask", "true"},
       {"train.grad_accum", "2"},
       {"train.seed", "123456789012345"},
       {"train.precision", "bf16"},
@@ -262,6 +270,33 @@ TEST_CASE("config: the largest sizes that are allowed do not overflow") {
   const models::ModelCost cost = models::cost(config.model, 1 << 20);
   CHECK(cost.parameters > int64_t{1000} * 16384 * 3 * 65536 * 1048576);
   CHECK(cost.active_parameters <= cost.parameters);
+}
+
+// The sizes of arXiv 2510.23052, in millions of parameters; its counts leave the norms' weights out.
+TEST_CASE("config: the paper's presets have the paper's parameter counts") {
+  struct Preset {
+    const char* name;
+    double active, total;
+  };
+  for (const Preset& preset :
+       {Preset{"moe-2b3-a0b44", 436.8, 2348}, Preset{"moe-6b6-a0b8", 880.2, 6613}, Preset{"moe-14b6-a1b6", 1627, 14651},
+        Preset{"moe-6b1-a1b", 1006, 6102}, Preset{"dense-0b6", 613.9, 613.9}, Preset{"dense-1b7", 1680.9, 1680.9},
+        Preset{"dense-3b9", 3941.3, 3941.3}}) {
+    INFO(preset.name);
+    const Config config =
+        train::load_config(text(KNOCK_SOURCE_DIR "/examples/train_lm/configs/paper/", preset.name, ".toml"));
+    train::check_config(config);
+    const models::MoeLmConfig& m = config.model;
+    const models::ModelCost cost = models::cost(m, config.train.seq_len);
+    const int64_t norms = m.layers * (2 * m.hidden + 2 * m.head_dim) + m.hidden;
+    const auto rounded = [&](int64_t count, double like) {  // to as many digits as the paper's table has
+      const double unit = like == std::round(like) ? 1e6 : 1e5;
+      return std::round(static_cast<double>(count - norms) / unit) * unit / 1e6;
+    };
+    CHECK(rounded(cost.active_parameters, preset.active) == doctest::Approx(preset.active).epsilon(1e-9));
+    CHECK(rounded(cost.parameters, preset.total) == doctest::Approx(preset.total).epsilon(1e-9));
+    CHECK(train::describe(config).find("M total") != std::string::npos);
+  }
 }
 
 TEST_CASE("config: the first model key that differs") {

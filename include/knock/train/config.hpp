@@ -26,6 +26,7 @@ struct TrainOptions {
   int64_t steps = 2000;
   int64_t batch_size = 8;
   int64_t seq_len = 256;
+  bool document_mask = false;
   int64_t grad_accum = 1;
   int64_t seed = 1;
   Precision precision = Precision::f32;
@@ -137,14 +138,22 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("model.hidden", m.hidden, "features of a token", Range{1, 1 << 16});
   key("model.layers", m.layers, "blocks", Range{1, 1000});
   key("model.q_heads", m.q_heads, "query heads", Range{1, 4096});
-  key("model.kv_heads", m.kv_heads, "key and value heads of gqa, a divisor of q_heads", Range{1, 4096});
+  key("model.kv_heads", m.kv_heads, "key and value heads of gqa and gta, a divisor of q_heads", Range{1, 4096});
   key("model.head_dim", m.head_dim, "features of a head", Range{1, 4096});
   key("model.attention", m.attention, "attention kind");
-  key("model.qk_norm", m.qk_norm, "RMSNorm on the heads of q and k");
+  key("model.qk_norm", m.qk_norm, "RMSNorm on the heads of q and k in mha, mqa and gqa; the others have none");
   key("model.rope", m.rope, "rotary positions");
-  key("model.rope_dim", m.rope_dim, "features of a head that rotate, 0: all", any_count);
+  key("model.rope_dim", m.rope_dim, "features of a head that rotate, 0: all; of gta, mla and gla2: half of head_dim",
+      any_count);
   key("model.rope_theta", m.rope_theta, "base of the rotary wavelengths", Range{1, 1e12});
   key("model.window", m.window, "sliding attention window, 0: none", any_count);
+  key("model.nope_dim", m.nope_dim, "mla, gla2: features of a head that do not rotate, 0: head_dim", any_count);
+  key("model.v_head_dim", m.v_head_dim, "mla, gla2: features of a value head, 0: head_dim", any_count);
+  key("model.q_lora_rank", m.q_lora_rank, "mla, gla2: width of the queries' latent, 0: none", any_count);
+  key("model.kv_lora_rank", m.kv_lora_rank, "mla, gla2: width of the keys' and values' latent, 0: 4 head_dim",
+      any_count);
+  key("model.attention_experts", m.attention_experts, "moa: heads to choose from, 0: 2 attention_top_k", any_count);
+  key("model.attention_top_k", m.attention_top_k, "moa: heads a token chooses, 0: q_heads", any_count);
   key("model.norm_eps", m.norm_eps, "epsilon of the norms", Range{0, 1});
   key("model.experts", m.experts, "experts a layer, 0: dense layers only", Range{0, 1 << 14});
   key("model.top_k", m.top_k, "experts a token goes to", positive_count);
@@ -173,6 +182,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.steps", t.steps, "optimizer steps", Range{1, 1e9});
   key("train.batch_size", t.batch_size, "sequences in a micro-batch", positive_count);
   key("train.seq_len", t.seq_len, "tokens in a sequence", positive_count);
+  key("train.document_mask", t.document_mask, "a token attends only to its own document");
   key("train.grad_accum", t.grad_accum, "micro-batches in a step", Range{1, 1 << 16});
   key("train.seed", t.seed, "seed of initial weights and of the order of the data", Range{0, 1e15});
   key("train.precision", t.precision, "of activations and products; weights are kept in f32");

@@ -122,6 +122,7 @@ std::string describe(const Config& config);
 #include <knock/ops/binary.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/reduce.hpp>
+#include <knock/ops/scan.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/train/curves.hpp>
 #include <knock/train/sampler.hpp>
@@ -176,7 +177,8 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
       schedule_(detail::schedule_options(config_)),
       loader_(train_tokens_, {.seq_len = config_.train.seq_len, .seed = static_cast<uint64_t>(config_.train.seed)}),
       log_(config_.train.out_dir, config_.train.steps) {
-  config_.model.vocab_size = tokenizer_.vocab_size();
+  // An imported model may have more rows than its tokenizer has tokens.
+  config_.model.vocab_size = checkpoint ? checkpoint->config.model.vocab_size : tokenizer_.vocab_size();
   if (config_.train.threads > 0) set_num_threads(static_cast<int>(config_.train.threads));
   state_.data_hash = detail::hash_tokens(train_tokens_);
   manual_seed(static_cast<uint64_t>(config_.train.seed));
@@ -185,6 +187,12 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
   if (!checkpoint) return;
   const std::string key = differing_model_key(config_, checkpoint->config);
   check(key.empty(), "resume", "the checkpoint ", checkpoint->folder, " is of another model: ", key, " differs");
+  if (checkpoint->untrained()) {
+    model_->load_state_dict(checkpoint->model_state());
+    resumed_from_ = checkpoint->folder;
+    saved_step_ = 0;
+    return;
+  }
   check(config_.optim.name == checkpoint->config.optim.name, "resume", "optim.name differs from that of ",
         checkpoint->folder, ", whose moments would be lost");
   check(checkpoint->state.data_hash == state_.data_hash, "resume", "the training text of ", checkpoint->folder,
@@ -220,7 +228,11 @@ KNOCK_FUNC void Trainer::build_optimizer() {
 KNOCK_FUNC double Trainer::learning_rate(int64_t step) const { return config_.optim.lr * schedule_.factor(step); }
 
 KNOCK_FUNC Tensor Trainer::logits_of(const data::Batch& batch) {
-  return model_->forward(from_data(batch.inputs, {batch.rows, batch.seq_len})).reshape({-1, config_.model.vocab_size});
+  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
+  models::LmInputs inputs;
+  if (config_.train.document_mask)  // a document begins with the token that separates
+    inputs.documents = cumsum(eq(tokens, tokenizer_.eos_id()).to(DType::i64), 1);
+  return model_->forward(tokens, inputs).reshape({-1, config_.model.vocab_size});
 }
 
 /// The load of each MoE layer over all of the step's micro-batches, before the first backward; nothing where no balance
@@ -257,6 +269,8 @@ KNOCK_FUNC Tensor Trainer::micro_batch_loss(const data::Batch& batch, const Tens
       loss = loss + (t.balance_loss * share) * moe.balance_loss(loads.empty() ? moe.load() : loads[i]).to(loss.dtype());
     if (t.z_loss > 0) loss = loss + (t.z_loss * share) * moe.z_loss().to(loss.dtype());
   }
+  if (const Tensor attention = model_->attention_loss(); attention.defined())
+    loss = loss + share * attention.to(loss.dtype());
   return loss;
 }
 
@@ -407,9 +421,7 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
   double nats = 0;
   int64_t bytes = 0;
   while (!stop_requested && windows.next(t.batch_size, batch)) {
-    const Tensor logits = model_->forward(from_data(batch.inputs, {batch.rows, batch.seq_len}));
-    nats += cross_entropy(logits.reshape({-1, config_.model.vocab_size}),
-                          from_data(batch.targets, {batch.rows * batch.seq_len}),
+    nats += cross_entropy(logits_of(batch), from_data(batch.targets, {batch.rows * batch.seq_len}),
                           {.ignore_index = data::ignored_target, .reduction = Reduction::sum})
                 .item<double>();
     out.tokens += batch.target_tokens;
