@@ -7,6 +7,8 @@ Shapes: B sequences, T tokens, S tokens with the cached ones, H heads, D feature
 A Linear weight is (out, in); row block h of a projection is head h.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -376,9 +378,11 @@ class KnockForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Decoder(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = linear(config.hidden, config.vocab_size)
+        table = SimpleNamespace(**config.model)
+        self.model = Decoder(table)
+        self.window = table.window
+        if not table.tie_embeddings:
+            self.lm_head = linear(table.hidden, table.vocab_size)
         self.post_init()
 
     def _init_weights(self, module):
@@ -400,9 +404,9 @@ class KnockForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones(batch, past + tokens, dtype=torch.long, device=input_ids.device)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        context = Context(position_ids.expand(batch, -1), attention_mask.bool(), self.config.window, past_key_values)
+        context = Context(position_ids.expand(batch, -1), attention_mask.bool(), self.window, past_key_values)
         h = self.model(input_ids, context)[:, -logits_to_keep:]
-        logits = F.linear(h, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(h)
+        logits = self.lm_head(h) if hasattr(self, "lm_head") else F.linear(h, self.model.embed_tokens.weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

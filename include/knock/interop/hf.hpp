@@ -154,17 +154,16 @@ KNOCK_FUNC void check_options(const ExportOptions& options) {
         "max_shard_bytes and max_positions must be positive");
 }
 
-/// config.json of a model that brings its own code: the [model] table of config.toml, and where the code is.
+/// config.json of a model that brings its own code: the [model] table of config.toml, and which code reads it.
 KNOCK_FUNC Json knock_config(const models::MoeLmConfig& model, const HfConfigOptions& options) {
   train::Config config;
   config.model = with_sizes(model);
   std::ostringstream table;
   table << toml::json_formatter(*toml::parse(train::to_toml(config))["model"].as_table());
-  Json json = Json::parse(table.str());
-  json["architectures"] = {"KnockForCausalLM"};
-  json["model_type"] = "knock";
+  Json json = {{"architectures", {"KnockForCausalLM"}}, {"model_type", "knock"}};
   json["auto_map"] = {{"AutoConfig", "configuration_knock.KnockConfig"},
                       {"AutoModelForCausalLM", "modeling_knock.KnockForCausalLM"}};
+  json["model"] = Json::parse(table.str());
   json["tie_word_embeddings"] = model.tie_embeddings;
   json["max_position_embeddings"] = options.max_positions;
   json["bos_token_id"] = json["eos_token_id"] = options.eos_id;
@@ -204,6 +203,23 @@ KNOCK_FUNC StateDict useful_tensors(const std::string& folder, const HfConfig& c
 KNOCK_FUNC bool is_zero(const Tensor& tensor) {
   const auto values = tensor.to_vector<float>();
   return std::all_of(values.begin(), values.end(), [](float x) { return x == 0; });
+}
+
+/// Rows of rotating features from pairs (2i, 2i + 1) to halves (i, i + dim / 2); `rows` (heads, dim, in) is a view.
+KNOCK_FUNC void pairs_to_halves(Tensor rows) {
+  const int64_t heads = rows.size(0), dim = rows.size(1), in = rows.size(2);
+  rows.copy_(rows.contiguous().view({heads, dim / 2, 2, in}).transpose(1, 2).reshape({heads, dim, in}));
+}
+
+/// Brings a deepseek_v3 model, whose rotating features lie in pairs, to ours, where they lie in halves.
+KNOCK_FUNC void reorder_rope(const models::MoeLmConfig& c, const StateDict& state) {
+  for (int64_t layer = 0; layer < c.layers; ++layer) {
+    const std::string prefix = text("model.layers.", layer, ".self_attn.");
+    const Tensor& q = state.at(prefix + (c.q_lora_rank > 0 ? "q_b_proj.weight" : "q_proj.weight"));
+    const Tensor& kv = state.at(prefix + "kv_a_proj_with_mqa.weight");
+    pairs_to_halves(q.view({c.q_heads, c.nope_dim + c.rope_dim, q.size(1)}).narrow(1, c.nope_dim, c.rope_dim));
+    pairs_to_halves(kv.unsqueeze(0).narrow(1, c.kv_lora_rank, c.rope_dim));
+  }
 }
 
 /// Drops shared experts that are zero in every layer, as an export writes them for a model without: they add nothing,
@@ -307,6 +323,7 @@ KNOCK_FUNC ImportedModel load_hf(const std::string& folder, const ImportOptions&
         out.tokenizer.vocab_size(), " tokens, the model only ", hf.model.vocab_size);
   StateDict state =
       match_tensors("import", folder, stock_tensors(hf.model), detail::useful_tensors(folder, hf, out.left_out));
+  if (hf.interleaved_rope) detail::reorder_rope(hf.model, state);
   detail::drop_zero_shared_experts(hf.model, state);
   hf.model.knock = options.knock;
   out.model = std::make_unique<models::MoeLm>(hf.model);
