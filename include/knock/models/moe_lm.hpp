@@ -143,29 +143,6 @@ class MoeLm : public nn::Module {
 namespace knock::models {
 namespace detail {
 
-KNOCK_FUNC nn::AttentionOptions attention_options(const MoeLmConfig& c) {
-  const bool grouped = c.attention == nn::AttentionVariant::gqa || c.attention == nn::AttentionVariant::gta;
-  return {.hidden = c.hidden,
-          .q_heads = c.q_heads,
-          .kv_heads = grouped ? c.kv_heads : 0,
-          .head_dim = c.head_dim,
-          .variant = c.attention,
-          .knock = c.knock,
-          .qk_norm = c.qk_norm && nn::is_grouped(c.attention),
-          .norm_eps = c.norm_eps,
-          .rope = c.rope,
-          .rope_dim = c.rope_dim,
-          .rope_theta = c.rope_theta,
-          .causal = true,
-          .window = c.window,
-          .nope_dim = c.nope_dim,
-          .v_head_dim = c.v_head_dim,
-          .q_lora_rank = c.q_lora_rank,
-          .kv_lora_rank = c.kv_lora_rank,
-          .experts = c.attention_experts,
-          .top_k = c.attention_top_k};
-}
-
 KNOCK_FUNC nn::MoEOptions moe_options(const MoeLmConfig& c) {
   return {.hidden = c.hidden,
           .expert_ffn = c.expert_ffn,
@@ -186,8 +163,27 @@ KNOCK_FUNC bool is_dense(const MoeLmConfig& c, int64_t layer) { return c.experts
 
 }  // namespace detail
 
-KNOCK_FUNC nn::AttentionOptions attention_options(const MoeLmConfig& config) {
-  return nn::resolved(detail::attention_options(config));
+KNOCK_FUNC nn::AttentionOptions attention_options(const MoeLmConfig& c) {
+  const bool grouped = c.attention == nn::AttentionVariant::gqa || c.attention == nn::AttentionVariant::gta;
+  return nn::resolved({.hidden = c.hidden,
+                       .q_heads = c.q_heads,
+                       .kv_heads = grouped ? c.kv_heads : 0,
+                       .head_dim = c.head_dim,
+                       .variant = c.attention,
+                       .knock = c.knock,
+                       .qk_norm = c.qk_norm && nn::is_grouped(c.attention),
+                       .norm_eps = c.norm_eps,
+                       .rope = c.rope,
+                       .rope_dim = c.rope_dim,
+                       .rope_theta = c.rope_theta,
+                       .causal = true,
+                       .window = c.window,
+                       .nope_dim = c.nope_dim,
+                       .v_head_dim = c.v_head_dim,
+                       .q_lora_rank = c.q_lora_rank,
+                       .kv_lora_rank = c.kv_lora_rank,
+                       .experts = c.attention_experts,
+                       .top_k = c.attention_top_k});
 }
 
 KNOCK_FUNC void check_config(const MoeLmConfig& c) {
@@ -199,13 +195,13 @@ KNOCK_FUNC void check_config(const MoeLmConfig& c) {
   check(c.experts >= 0, where, "experts must not be negative, got ", c.experts);
   const bool any_dense = detail::is_dense(c, 0), any_moe = !detail::is_dense(c, c.layers - 1);
   check(!any_dense || c.dense_ffn > 0, where, "dense_ffn must be positive, got ", c.dense_ffn);
-  nn::resolved(detail::attention_options(c));
+  attention_options(c);
   if (any_moe) nn::check_options(detail::moe_options(c));
 }
 
 KNOCK_FUNC ModelCost cost(const MoeLmConfig& c, int64_t sequence_length) {
   check_config(c);
-  const nn::AttentionCost attention = nn::cost(detail::attention_options(c), sequence_length);
+  const nn::AttentionCost attention = nn::cost(attention_options(c), sequence_length);
   const int64_t norms = 2 * c.hidden, expert = 3 * c.hidden * c.expert_ffn;
 
   ModelCost out;
@@ -229,7 +225,7 @@ KNOCK_FUNC ModelCost cost(const MoeLmConfig& c, int64_t sequence_length) {
 
 KNOCK_FUNC DecoderLayer::DecoderLayer(const MoeLmConfig& config, bool is_dense)
     : input_layernorm(config.hidden, config.norm_eps), post_attention_layernorm(config.hidden, config.norm_eps) {
-  self_attn = nn::make_attention(detail::attention_options(config));
+  self_attn = nn::make_attention(attention_options(config));
   register_module("input_layernorm", input_layernorm);
   register_module("self_attn", *self_attn);
   register_module("post_attention_layernorm", post_attention_layernorm);

@@ -185,7 +185,7 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
   build_model();
   build_optimizer();
   if (!checkpoint) return;
-  const std::string key = differing_model_key(config_, checkpoint->config);
+  const std::string key = differing_key(config_, checkpoint->config, "model.");
   check(key.empty(), "resume", "the checkpoint ", checkpoint->folder, " is of another model: ", key, " differs");
   if (checkpoint->untrained()) {
     model_->load_state_dict(checkpoint->model_state());
@@ -500,7 +500,9 @@ KNOCK_FUNC std::string describe(const Config& config) {
               "  weights\n", "            ", detail::mebibytes(weights), "  gradients\n", "            ",
               detail::mebibytes(state), "  optimizer\n", "            ", detail::mebibytes(activations),
               "  activations of a micro-batch (estimate)\n", "            ",
-              detail::mebibytes(2 * weights + state + activations), "  together\n");
+              detail::mebibytes(2 * weights + state + activations), "  together\n\nattention of a layer: ",
+              nn::describe(models::attention_options(config.model), t.seq_len,
+                           t.precision == Precision::bf16 ? DType::bf16 : DType::f32));
 }
 
 }  // namespace knock::train
