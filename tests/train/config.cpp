@@ -122,6 +122,7 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"train.balance_loss", "0.01"},
       {"train.z_loss", "1e-3"},
       {"train.bias_speed", "0.0"},
+      {"train.bias_rule", "rms"},
       {"optim.name", "sgd"},
       {"optim.lr", "3e-4"},
       {"optim.betas", "[0.8, 0.999]"},

@@ -324,10 +324,13 @@ TEST_CASE("trainer: the log tells of each layer's experts, and each layer's bias
   for (const auto& record : {free, limited, forced})
     for (const char* key : {"load_entropy", "max_violation", "router_logit_max", "dropped"})
       CHECK(record[key].size() == 2);
-  const StateDict state = train::open_checkpoint(bench.folder / "free").model_state();
+  first_step("rms", {"train.bias_rule=rms"});
+  const StateDict centred = train::open_checkpoint(bench.folder / "free").model_state(),
+                  rms = train::open_checkpoint(bench.folder / "rms").model_state();
   for (const int layer : {1, 2}) {
-    const Tensor bias = state.at(text("model.layers.", layer, ".mlp.gate.e_score_correction_bias"));
-    CHECK(amax(abs(bias)).item() > 1e-4);
+    const std::string name = text("model.layers.", layer, ".mlp.gate.e_score_correction_bias");
+    CHECK(amax(abs(centred.at(name))).item() > 1e-4);
+    CHECK(sum(square(rms.at(name))).item() == doctest::Approx(4 * 1e-6));  // 4 experts, each moved by 1e-3 e / rms(e)
   }
 }
 

@@ -42,6 +42,7 @@ struct TrainOptions {
   double balance_loss = 0;
   double z_loss = 0;
   double bias_speed = 1e-3;
+  nn::BiasRule bias_rule = nn::BiasRule::centred_sign;
 };
 
 enum class OptimizerKind : uint8_t { adamw, sgd };
@@ -118,6 +119,7 @@ constexpr auto words_of() {
     return Words(nn::attention_variant_names.begin(), nn::attention_variant_names.end());
   if constexpr (std::is_same_v<Enum, nn::Knock>) return Words(nn::knock_names.begin(), nn::knock_names.end());
   if constexpr (std::is_same_v<Enum, nn::Router>) return Words{"sigmoid", "softmax"};
+  if constexpr (std::is_same_v<Enum, nn::BiasRule>) return Words{"centred_sign", "sign", "rms"};
   if constexpr (std::is_same_v<Enum, Precision>) return Words{"f32", "bf16"};
   if constexpr (std::is_same_v<Enum, OptimizerKind>) return Words{"adamw", "sgd"};
   if constexpr (std::is_same_v<Enum, optim::ScheduleKind>) return Words{"constant", "linear", "cosine", "wsd"};
@@ -200,6 +202,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
       Range{0, 1e3});
   key("train.z_loss", t.z_loss, "weight of the router's z-loss", Range{0, 1e3});
   key("train.bias_speed", t.bias_speed, "step of the loss-free balancing bias", Range{0, 1});
+  key("train.bias_rule", t.bias_rule, "how that bias follows the load");
   auto& o = c.optim;
   key("optim.name", o.name, "optimizer");
   key("optim.lr", o.lr, "peak learning rate", Range{0, 1e3});
