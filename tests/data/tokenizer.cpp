@@ -208,7 +208,7 @@ TEST_CASE("tokenizer: damaged and foreign files are refused, each with its reaso
       {[](json& f) { f["decoder"]["type"] = "WordPiece"; }, "decoder must be ByteLevel"},
       {[](json& f) { f["decoder"] = nullptr; }, "'decoder' must be of type object"},
       {[](json& f) {
-         f["post_processor"] = {{"type", "TemplateProcessing"}};
+         f["post_processor"] = {{"type", "TemplateProcessing"}, {"single", json::array()}};
        },
        "post_processor must be"},
       {[](json& f) { f["pre_tokenizer"] = nullptr; }, "'pre_tokenizer' must be of type object"},

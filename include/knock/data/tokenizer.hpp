@@ -607,8 +607,7 @@ class Tokenizer::Reader {
     check_pre_tokenizer(member(root, "pre_tokenizer", Json::value_t::object));
     require(type_of(member(root, "decoder", Json::value_t::object)) == "ByteLevel", "decoder must be ByteLevel");
     if (!is_null(root, "post_processor"))
-      require(type_of(member(root, "post_processor", Json::value_t::object)) == "ByteLevel",
-              "post_processor must be null or ByteLevel");
+      check_post_processor(member(root, "post_processor", Json::value_t::object));
     const Json& model = member(root, "model", Json::value_t::object);
     check_model(model);
     const Json& added = member(root, "added_tokens", Json::value_t::array);
@@ -702,6 +701,15 @@ class Tokenizer::Reader {
     require(!flag(steps[1], "add_prefix_space"), "add_prefix_space is not supported");
     // Absent means true here.
     require(steps[1].contains("use_regex") && !flag(steps[1], "use_regex"), "ByteLevel must have use_regex = false");
+  }
+
+  /// One that adds no tokens to a text.
+  void check_post_processor(const Json& part) const {
+    const Json text_alone = {{"Sequence", {{"id", "A"}, {"type_id", 0}}}};
+    const bool adds_nothing = type_of(part) == "TemplateProcessing" &&
+                              member(part, "single", Json::value_t::array) == Json::array({text_alone});
+    require(adds_nothing || type_of(part) == "ByteLevel",
+            "post_processor must be null, ByteLevel, or a template that adds no tokens");
   }
 
   void check_model(const Json& model) const {
