@@ -12,7 +12,10 @@ int main() {}' >"$dir/knock.cpp"
 seconds() {  # COMPILER FLAG... FILE: the compiler's processor time, which other work on the machine changes little
   local TIMEFORMAT='%U %S' taken=()
   while ((${#taken[@]} < 3)) && [[ ${taken[0]:-0} != [1-9][0-9]* ]]; do  # one run says enough from ten seconds on
-    taken+=("$({ time "$@" -std=c++20 -O2 -fopenmp -I "$root/include" -c -o "$dir/out.o"; } 2>&1 | awk '{printf "%.2f", $1 + $2}')")
+    rm -f "$dir/out.o"
+    taken+=("$({ time "$@" -std=c++20 -O2 -fopenmp -I "$root/include" -c -o "$dir/out.o" 2>"$dir/errors"; } 2>&1 |
+      awk '{printf "%.2f", $1 + $2}')")
+    [[ -f $dir/out.o ]] || { cat "$dir/errors" >&2; return 1; }
   done
   printf '%s\n' "${taken[@]}" | sort -n | sed -n "$(((${#taken[@]} + 1) / 2))p"
 }

@@ -422,3 +422,22 @@ TEST_CASE("trainer: what cannot be resumed says why") {
   fails({"train.seq_len=100000"}, "shorter than one sequence");
   CHECK(train::open_checkpoint(bench.folder / "run").state.step == 6);
 }
+
+TEST_CASE("trainer: document_mask keeps documents apart, and changes nothing inside one") {
+  const Bench bench;
+  for (int i = 0; i < 60; ++i)
+    bench.folder.write(text("many/", 100 + i, ".txt"), test::tiny_text(90, static_cast<uint32_t>(i + 1)));
+  const auto first_loss = [&](const std::string& out, const Overrides& more) {
+    Overrides all = {"train.steps=1", "train.eval_every=0", "train.sample_tokens=0"};
+    all.insert(all.end(), more.begin(), more.end());
+    train::Trainer trainer(bench.config(out, all));
+    double loss = 0;
+    trainer.on_step = [&](const train::StepRecord& record) { loss = record.loss; };
+    trainer.run();
+    return loss;
+  };
+  const std::string many = "data.path=" + (bench.folder / "many"), mask = "train.document_mask=true";
+  CHECK(first_loss("a", {}) == first_loss("b", {mask}));
+  CHECK(first_loss("c", {many}) != first_loss("d", {many, mask}));
+  CHECK(first_loss("e", {many, mask}) == first_loss("f", {many, mask}));
+}

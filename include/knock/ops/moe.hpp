@@ -21,8 +21,8 @@ namespace knock {
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 
-/// Each slot through its own expert's matrix, without weights or a sum: x (N, C), the same for a token's slots, or (N, k,
-/// C), indices (N, k) i64 in [0, E), weight (E, F, C) -> (N, k, F). Slots are sorted by expert, one product each.
+/// Each slot through its own expert's matrix, without weights or a sum: x (N, C), the same for a token's slots, or (N,
+/// k, C), indices (N, k) i64 in [0, E), weight (E, F, C) -> (N, k, F). Slots are sorted by expert, one product each.
 Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight);
 
 /// How many slots go to each expert: indices (N, k) -> (E) i64.
