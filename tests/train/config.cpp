@@ -300,10 +300,12 @@ TEST_CASE("config: the paper's presets have the paper's parameter counts") {
   }
 }
 
-TEST_CASE("config: the first model key that differs") {
-  CHECK(train::differing_model_key(Config(), with({"optim.lr=1", "train.steps=5"})) == "");
-  CHECK(train::differing_model_key(Config(), with({"model.knock.v=none"})) == "model.knock.v");
-  CHECK(train::differing_model_key(Config(), with({"model.layers=2", "model.hidden=64"})) == "model.hidden");
+TEST_CASE("config: the first key that differs, in all or in a section") {
+  CHECK(train::differing_key(Config(), Config()) == "");
+  CHECK(train::differing_key(Config(), with({"optim.lr=1", "train.steps=5"})) == "train.steps");
+  CHECK(train::differing_key(Config(), with({"optim.lr=1", "train.steps=5"}), "model.") == "");
+  CHECK(train::differing_key(Config(), with({"model.knock.v=none"}), "model.") == "model.knock.v");
+  CHECK(train::differing_key(Config(), with({"model.layers=2", "model.hidden=64"}), "model.") == "model.hidden");
 }
 
 TEST_CASE("one_line: cut at a whole character, without control characters") {

@@ -81,8 +81,8 @@ void check_config(const Config& config);
 std::string to_toml(const Config& config);
 /// Every key with its default and meaning, one a line.
 std::string help_text();
-/// The first `model.` key in which the two differ, empty when they agree.
-std::string differing_model_key(const Config& a, const Config& b);
+/// The first key, of those that begin with `section`, in which the two differ; empty when they agree.
+std::string differing_key(const Config& a, const Config& b, std::string_view section = "");
 
 /// A message as one line of printable text, at most `limit` bytes: what a program says before it gives up.
 std::string one_line(std::string_view message, std::size_t limit = 280);
@@ -428,11 +428,11 @@ KNOCK_FUNC std::string help_text() {
   return out;
 }
 
-KNOCK_FUNC std::string differing_model_key(const Config& a, const Config& b) {
+KNOCK_FUNC std::string differing_key(const Config& a, const Config& b, std::string_view section) {
   std::vector<std::pair<std::string, std::string>> values;
-  const auto collect = [](auto& into) {
-    return [&into](std::string_view key, const auto& place, std::string_view, detail::Range = {}) {
-      if (key.starts_with("model.")) into.emplace_back(std::string(key), detail::literal(place));
+  const auto collect = [section](auto& into) {
+    return [&into, section](std::string_view key, const auto& place, std::string_view, detail::Range = {}) {
+      if (key.starts_with(section)) into.emplace_back(std::string(key), detail::literal(place));
     };
   };
   std::vector<std::pair<std::string, std::string>> other;

@@ -37,6 +37,17 @@ struct StepRecord {
 /// there is no such file.
 std::string lines_up_to(const std::string& path, int64_t step, bool reported);
 
+/// The losses that a log.jsonl tells of.
+struct RunHistory {
+  struct Evaluation {
+    int64_t step;
+    double loss, bits_per_byte;
+  };
+  std::vector<double> loss, step_s;  ///< of steps 1, 2, ...
+  std::vector<Evaluation> evaluations;
+};
+RunHistory read_history(const std::string& path);
+
 /// Text as a terminal may show it: control characters but newlines and tabs are replaced.
 std::string printable(std::string_view text);
 
@@ -75,11 +86,11 @@ class RunLog {
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_TRAIN_LOG)
 #include <knock/core/error.hpp>
 #include <knock/io/file.hpp>
-
-#include <nlohmann/json.hpp>
+#include <knock/train/json_lines.hpp>
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <filesystem>
 
 #include <sys/ioctl.h>
@@ -106,23 +117,39 @@ inline std::size_t terminal_width() {
   return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 80;
 }
 
+/// The step of a line, -1 without.
+inline int64_t step_of(const nlohmann::json& line) {
+  const auto found = line.find("step");
+  return found != line.end() && found->is_number_integer() ? found->get<int64_t>() : -1;
+}
+
 }  // namespace detail
 
 KNOCK_FUNC std::string lines_up_to(const std::string& path, int64_t step, bool reported) {
   if (!std::filesystem::exists(path)) return "";
-  const std::string log = io::read_file(path);
   std::string kept;
-  for (std::size_t begin = 0; begin < log.size();) {
-    const std::size_t end = log.find('\n', begin);
-    if (end == std::string::npos) break;
-    const std::string line = log.substr(begin, end - begin);
-    begin = end + 1;
-    const auto json = nlohmann::json::parse(line, nullptr, false);
-    if (!json.is_object() || !json.contains("step") || !json["step"].is_number_integer()) continue;
-    const auto at = json["step"].get<int64_t>();
-    if (at < step || (at == step && (reported || json.contains("loss")))) kept += line + "\n";
-  }
+  detail::for_each_object(io::read_file(path), [&](std::string_view line, const auto& json) {
+    const int64_t at = detail::step_of(json);
+    if (at < 0) return;
+    if (at < step || (at == step && (reported || json.contains("loss")))) kept += text(line, "\n");
+  });
   return kept;
+}
+
+KNOCK_FUNC RunHistory read_history(const std::string& path) {
+  RunHistory out;
+  detail::for_each_object(io::read_file(path), [&](std::string_view, const auto& json) {
+    const auto number = [&](const char* key) {
+      const auto found = json.find(key);
+      return found != json.end() && found->is_number() ? found->template get<double>() : NAN;
+    };
+    if (json.contains("val_loss"))
+      out.evaluations.push_back({detail::step_of(json), number("val_loss"), number("val_bpb")});
+    if (!json.contains("loss")) return;
+    out.loss.push_back(number("loss"));
+    out.step_s.push_back(number("step_s"));
+  });
+  return out;
 }
 
 KNOCK_FUNC std::string printable(std::string_view text) {

@@ -58,6 +58,7 @@ namespace knock::nn {
 
 KNOCK_FUNC KnockLayer::KnockLayer(Knock kind, int64_t head_dim) : kind_(kind) {
   check(kind != Knock::none, "KnockLayer", "kind none has no layer");
+  const RngState random = rng_state();  // nothing is drawn: with one seed, a knocked model starts as the plain one
   const auto square = [&](const char* name, const Tensor& start) {
     auto layer = std::make_unique<Linear>(head_dim, head_dim, LinearOptions{.bias = false});
     assign(layer->weight, start);
@@ -69,6 +70,7 @@ KNOCK_FUNC KnockLayer::KnockLayer(Knock kind, int64_t head_dim) : kind_(kind) {
   if (kind == Knock::mlp) up_ = square("up", eye(head_dim));
   if (kind == Knock::mlp || kind == Knock::gate) gate_ = square("gate", zeros({head_dim, head_dim}));
   if (kind == Knock::mlp) down_ = square("down", eye(head_dim));
+  set_rng_state(random);
 }
 
 KNOCK_FUNC Tensor KnockLayer::forward(const Tensor& x) {
