@@ -2,12 +2,12 @@
 // [--section.key=value ...]
 #include <knock/train.hpp>
 
-#include <csignal>
 #include <cstdio>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../common/training.hpp"
 #include "xz_size.hpp"
 
 using namespace knock;
@@ -30,11 +30,6 @@ struct Arguments {
   std::string config, resume, curves;
   std::vector<std::string> overrides;
   bool dry_run = false, help = false;
-};
-
-/// Wrong usage, as opposed to wrong values.
-struct UsageError : std::runtime_error {
-  using std::runtime_error::runtime_error;
 };
 
 Arguments parse_arguments(const std::vector<std::string>& words) {
@@ -68,21 +63,6 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
     }
   }
   return out;
-}
-
-/// Fetches the novels unless they are there. KNOCK_SOURCE_DIR is where the project was built.
-std::string default_corpus() {
-  const std::string folder = "build/data/novels";
-  std::string words;  // what the script says: sizes and sums, or at last why not
-  std::FILE* script =
-      ::popen(("'" KNOCK_SOURCE_DIR "/examples/train_lm/fetch_novels.sh' " + folder + " 2>&1").c_str(), "r");
-  check(script != nullptr, "data", "cannot run fetch_novels.sh");
-  for (int c = std::fgetc(script); c != EOF; c = std::fgetc(script)) words.push_back(static_cast<char>(c));
-  const bool fetched = ::pclose(script) == 0;
-  while (words.ends_with('\n')) words.pop_back();
-  if (!fetched) fail("data", words.substr(words.rfind('\n') + 1), "; or give your own text with --data.path=FOLDER");
-  std::printf("%s\n", words.c_str());
-  return folder;
 }
 
 train::Config configure(const Arguments& arguments, const std::optional<train::Checkpoint>& checkpoint) {
@@ -149,8 +129,6 @@ int run(const Arguments& arguments) {
   return 0;
 }
 
-void request_stop(int) { train::stop_requested = true; }
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -166,10 +144,7 @@ int main(int argc, char** argv) {
       std::printf("%s\n", page.c_str());
       return 0;
     }
-    // A terminal or a reader of the output that goes away ends the run like Ctrl-C; under nohup it goes on.
-    for (const int signal : {SIGINT, SIGTERM, SIGPIPE, SIGHUP})
-      if (std::signal(signal, request_stop) == SIG_IGN && signal == SIGHUP) std::signal(signal, SIG_IGN);
-    std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error like a full disk
+    stop_on_signals();
     return run(arguments);
   } catch (const UsageError& error) {
     std::fprintf(stderr, "train: %s; --help lists the options\n", train::one_line(error.what(), 250).c_str());
