@@ -24,10 +24,13 @@
 #include <cstdint>
 #include <limits>
 
+// Inlined always: a loop with a call in it does not vectorise, and large translation units would get calls.
+#define KNOCK_MATH KNOCK_HD __attribute__((always_inline)) inline
+
 namespace knock::math {
 
 /// a b + c, fused where the target has the instruction.
-KNOCK_HD inline float multiply_add(float a, float b, float c) {
+KNOCK_MATH float multiply_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
 #else
@@ -35,7 +38,7 @@ KNOCK_HD inline float multiply_add(float a, float b, float c) {
 #endif
 }
 
-KNOCK_HD inline double multiply_add(double a, double b, double c) {
+KNOCK_MATH double multiply_add(double a, double b, double c) {
 #if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fma(a, b, c);
 #else
@@ -45,11 +48,11 @@ KNOCK_HD inline double multiply_add(double a, double b, double c) {
 
 /// Horner's scheme: c0 + c1 x + c2 x^2 + ...
 template <class T>
-KNOCK_HD constexpr T polynomial(T, T c0) {
+KNOCK_MATH constexpr T polynomial(T, T c0) {
   return c0;
 }
 template <class T, class... More>
-KNOCK_HD inline T polynomial(T x, T c0, More... more) {
+KNOCK_MATH T polynomial(T x, T c0, More... more) {
   return multiply_add(polynomial(x, more...), x, c0);
 }
 
@@ -61,7 +64,7 @@ struct ReducedExponent {
   float r;
 };
 
-KNOCK_HD inline ReducedExponent reduce_exponent(float x) {
+KNOCK_MATH ReducedExponent reduce_exponent(float x) {
   constexpr float round = 0x1.8p23F;  // adding it rounds to the nearest integer, which the low bits then hold
   const float shifted = multiply_add(x, 0x1.715476p+0F, round);
   const float n = shifted - round;
@@ -70,10 +73,10 @@ KNOCK_HD inline ReducedExponent reduce_exponent(float x) {
 }
 
 /// 2^n for -127 < n < 128
-KNOCK_HD inline float power_of_two(int32_t n) { return std::bit_cast<float>((n + 127) << 23); }
+KNOCK_MATH float power_of_two(int32_t n) { return std::bit_cast<float>((n + 127) << 23); }
 
 /// e^r - 1 for |r| <= ln(2) / 2
-KNOCK_HD inline float expm1_reduced(float r) {
+KNOCK_MATH float expm1_reduced(float r) {
   const float q =
       polynomial(r, 0x1.000000p-1F, 0x1.555554p-3F, 0x1.5554b0p-5F, 0x1.11118ap-7F, 0x1.6d7240p-10F, 0x1.a032c4p-13F);
   return multiply_add(q * r, r, r);
@@ -84,7 +87,7 @@ struct Decomposed {
   float n, m;
 };
 
-KNOCK_HD inline Decomposed decompose(float x) {
+KNOCK_MATH Decomposed decompose(float x) {
   constexpr uint32_t sqrt_half_bits = 0x3f3504f3U;
   const bool denormal = x < 0x1p-126F;
   const uint32_t bits = std::bit_cast<uint32_t>(denormal ? x * 0x1p23F : x) - sqrt_half_bits;
@@ -93,14 +96,14 @@ KNOCK_HD inline Decomposed decompose(float x) {
 }
 
 /// ln(1 + f) - f for sqrt(1/2) <= 1 + f < sqrt(2)
-KNOCK_HD inline float log1p_tail(float f) {
+KNOCK_MATH float log1p_tail(float f) {
   const float p = polynomial(f, 0x1.555554p-2F, -0x1.000228p-2F, 0x1.99a008p-3F, -0x1.547242p-3F, 0x1.22da20p-3F,
                              -0x1.0d855ap-3F, 0x1.055b68p-3F, -0x1.38b4f6p-4F);
   return multiply_add(p * f, f * f, -0.5F * f * f);
 }
 
 /// What ln gives outside the positive finite numbers.
-KNOCK_HD inline float log_edges(float x, float inside) {
+KNOCK_MATH float log_edges(float x, float inside) {
   constexpr float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   const float result = x < infinity ? inside : x;  // +inf and NaN stay
   const float not_negative = x < 0 ? nan : result;
@@ -109,7 +112,7 @@ KNOCK_HD inline float log_edges(float x, float inside) {
 
 }  // namespace detail
 
-KNOCK_HD inline float exp(float x) {
+KNOCK_MATH float exp(float x) {
   const float raised = x < -104.0F ? -104.0F : x;  // beyond these bounds: 0 and infinity
   const auto [n, r] = detail::reduce_exponent(raised > 89.0F ? 89.0F : raised);
   const int32_t half = n >> 1;  // 2^n in two factors: n may be 128, or below -126 for denormal results
@@ -117,12 +120,12 @@ KNOCK_HD inline float exp(float x) {
 }
 
 /// exp for x <= 0, in fewer steps; the same bits.
-KNOCK_HD inline float exp_down(float x) {
+KNOCK_MATH float exp_down(float x) {
   const auto [n, r] = detail::reduce_exponent(x < -104.0F ? -104.0F : x);
   return (1 + detail::expm1_reduced(r)) * detail::power_of_two(n + 64) * 0x1p-64F;
 }
 
-KNOCK_HD inline float expm1(float x) {
+KNOCK_MATH float expm1(float x) {
   const float raised = x < -18.0F ? -18.0F : x;  // below: -1
   const auto [n, r] = detail::reduce_exponent(raised > 89.0F ? 89.0F : raised);
   const float half_scale = detail::power_of_two(n - 1);  // n may be 128
@@ -130,14 +133,14 @@ KNOCK_HD inline float expm1(float x) {
   return x == 0 ? x : result;
 }
 
-KNOCK_HD inline float log(float x) {
+KNOCK_MATH float log(float x) {
   const auto [n, m] = detail::decompose(x);
   const float f = m - 1;
   const float low = multiply_add(n, -0x1.bd0106p-13F, detail::log1p_tail(f));
   return detail::log_edges(x, multiply_add(n, 0x1.63p-1F, f + low));
 }
 
-KNOCK_HD inline float log2(float x) {
+KNOCK_MATH float log2(float x) {
   constexpr float log2_e_minus_1 = 0x1.c551d9p-2F;
   const auto [n, m] = detail::decompose(x);
   const float f = m - 1, tail = detail::log1p_tail(f);
@@ -146,7 +149,7 @@ KNOCK_HD inline float log2(float x) {
 }
 
 /// ln(u) + (rounding error of u = 1 + x) / u
-KNOCK_HD inline float log1p(float x) {
+KNOCK_MATH float log1p(float x) {
   const float u = 1 + x;
   const float lost = x > 1 ? 1 - (u - x) : x - (u - 1);
   const float result = log(u) + (((u > 0) & (u < std::numeric_limits<float>::max())) ? lost / u : 0.0F);
@@ -155,18 +158,18 @@ KNOCK_HD inline float log1p(float x) {
 }
 
 /// -e / (e + 2) with e = expm1(-2 |x|), and the sign of x
-KNOCK_HD inline float tanh(float x) {
+KNOCK_MATH float tanh(float x) {
   const float e = expm1(-2 * std::fabs(x));
   return std::copysign(e / (e + 2), x);
 }
 
 /// 1 / (1 + e^-x) with e^-|x|, which cannot overflow
-KNOCK_HD inline float sigmoid(float x) {
+KNOCK_MATH float sigmoid(float x) {
   const float e = exp_down(-std::fabs(x));
   return (x < 0 ? e : 1.0F) / (1.0F + e);
 }
 
-KNOCK_HD inline float erf(float x) {
+KNOCK_MATH float erf(float x) {
   const float s = polynomial(x * x, 0x1.06eba8p-3F, -0x1.81273ep-2F, 0x1.ce2d00p-4F, -0x1.b7f97ep-6F, 0x1.540892p-8F,
                              -0x1.a40936p-11F, 0x1.49969cp-14F);
   const float a = std::fabs(x), clamped = a > 4.0F ? 4.0F : a;
@@ -177,7 +180,7 @@ KNOCK_HD inline float erf(float x) {
 }
 
 /// a^b: 2^(b log2 |a|) in f64, then the cases of C's pow.
-KNOCK_HD inline float pow(float a, float b) {
+KNOCK_MATH float pow(float a, float b) {
   constexpr double infinity = std::numeric_limits<double>::infinity(), round = 0x1.8p52;
   const double magnitude = std::fabs(a);
   const auto [n, m] = detail::decompose(std::fabs(a));
@@ -201,10 +204,10 @@ KNOCK_HD inline float pow(float a, float b) {
 }
 
 /// Where the branch-free sine and cosine hold.
-KNOCK_HD inline bool sine_is_near(float x) { return std::fabs(x) < 0x1p20F; }
+KNOCK_MATH bool sine_is_near(float x) { return std::fabs(x) < 0x1p20F; }
 
 /// sin(x + quarter_turns pi / 2) for |x| < 2^20; the reduction by multiples of pi / 2 is in f64.
-KNOCK_HD inline float sine_near(float x, int32_t quarter_turns) {
+KNOCK_MATH float sine_near(float x, int32_t quarter_turns) {
   constexpr double round = 0x1.8p52;
   const double shifted = x * 0x1.45f306dc9c883p-1 + round, n = shifted - round;
   const float r = static_cast<float>((x - n * 0x1.921fb50000000p+0) - n * 0x1.110b4611a6263p-26);
@@ -218,10 +221,10 @@ KNOCK_HD inline float sine_near(float x, int32_t quarter_turns) {
   return quadrant & 2 ? -value : value;
 }
 
-KNOCK_HD inline float sin_near(float x) { return x == 0 ? x : sine_near(x, 0); }
-KNOCK_HD inline float cos_near(float x) { return sine_near(x, 1); }
-KNOCK_HD inline float sin(float x) { return sine_is_near(x) ? sin_near(x) : std::sin(x); }
-KNOCK_HD inline float cos(float x) { return sine_is_near(x) ? cos_near(x) : std::cos(x); }
+KNOCK_MATH float sin_near(float x) { return x == 0 ? x : sine_near(x, 0); }
+KNOCK_MATH float cos_near(float x) { return sine_near(x, 1); }
+KNOCK_MATH float sin(float x) { return sine_is_near(x) ? sin_near(x) : std::sin(x); }
+KNOCK_MATH float cos(float x) { return sine_is_near(x) ? cos_near(x) : std::cos(x); }
 
 /// The normal distribution: Phi(x) and its derivative.
 template <class T>
@@ -230,7 +233,7 @@ struct Normal {
 };
 
 /// The lower tail keeps a relative accuracy of 1e-6 and the rounding of x^2 / 2.
-KNOCK_HD inline Normal<float> normal(float x) {
+KNOCK_MATH Normal<float> normal(float x) {
   const float bell = exp_down(-0.5F * x * x);
   const float a = std::fabs(x), clamped = a > 15.0F ? 15.0F : a;  // bell is 0 there
   const float w = -0.34F * clamped / multiply_add(clamped, 0.34F, 1.0F);
@@ -240,25 +243,27 @@ KNOCK_HD inline Normal<float> normal(float x) {
   return {x > 0 ? 1 - tail : tail, bell * 0x1.988454p-2F};
 }
 
-KNOCK_HD inline double pow(double a, double b) { return std::pow(a, b); }
-KNOCK_HD inline double sin(double x) { return std::sin(x); }
-KNOCK_HD inline double cos(double x) { return std::cos(x); }
-KNOCK_HD inline double exp_down(double x) { return std::exp(x); }
-KNOCK_HD inline double exp(double x) { return std::exp(x); }
-KNOCK_HD inline double expm1(double x) { return std::expm1(x); }
-KNOCK_HD inline double log(double x) { return std::log(x); }
-KNOCK_HD inline double log1p(double x) { return std::log1p(x); }
-KNOCK_HD inline double log2(double x) { return std::log2(x); }
-KNOCK_HD inline double tanh(double x) { return std::tanh(x); }
-KNOCK_HD inline double erf(double x) { return std::erf(x); }
-KNOCK_HD inline double sigmoid(double x) {
+KNOCK_MATH double pow(double a, double b) { return std::pow(a, b); }
+KNOCK_MATH double sin(double x) { return std::sin(x); }
+KNOCK_MATH double cos(double x) { return std::cos(x); }
+KNOCK_MATH double exp_down(double x) { return std::exp(x); }
+KNOCK_MATH double exp(double x) { return std::exp(x); }
+KNOCK_MATH double expm1(double x) { return std::expm1(x); }
+KNOCK_MATH double log(double x) { return std::log(x); }
+KNOCK_MATH double log1p(double x) { return std::log1p(x); }
+KNOCK_MATH double log2(double x) { return std::log2(x); }
+KNOCK_MATH double tanh(double x) { return std::tanh(x); }
+KNOCK_MATH double erf(double x) { return std::erf(x); }
+KNOCK_MATH double sigmoid(double x) {
   const double e = std::exp(-std::fabs(x));
   return (x < 0 ? e : 1.0) / (1.0 + e);
 }
 
-KNOCK_HD inline Normal<double> normal(double x) {
+KNOCK_MATH Normal<double> normal(double x) {
   constexpr double sqrt_half = 0.70710678118654752440, density_at_0 = 0.39894228040143267794;
   return {0.5 * std::erfc(-x * sqrt_half), density_at_0 * std::exp(-0.5 * x * x)};
 }
 
 }  // namespace knock::math
+
+#undef KNOCK_MATH
