@@ -1,4 +1,5 @@
-// Causal attention, forward and backward: milliseconds and GFLOP/s (the masked half is not counted).
+// Causal attention, forward and backward: milliseconds and GFLOP/s (what is masked is not counted). In the last row
+// sequences are packed of documents of equal length.
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/attention.hpp>
 
@@ -11,10 +12,14 @@ using namespace knock;
 namespace {
 
 struct Case {
-  int64_t batch, heads, kv_heads, length, depth;
+  int64_t batch, heads, kv_heads, length, depth, documents;
 };
 
-const Case cases[] = {{4, 8, 2, 1024, 64}, {16, 8, 2, 256, 32}, {4, 8, 8, 512, 64}, {1, 8, 2, 8192, 64}};
+const Case cases[] = {{4, 8, 2, 1024, 64, 1},
+                      {16, 8, 2, 256, 32, 1},
+                      {4, 8, 8, 512, 64, 1},
+                      {1, 8, 2, 8192, 64, 1},
+                      {1, 8, 2, 8192, 64, 16}};
 
 struct Milliseconds {
   double forward, backward;
@@ -38,12 +43,16 @@ Milliseconds measure(const Case& c) {
   std::vector<compute_t<T>> lse(static_cast<std::size_t>(c.batch * c.heads * c.length));
   const Shape rows{c.batch, c.heads, c.length};
   const Array log_sum_exp{lse.data(), dtype_of<compute_t<T>>(), rows, contiguous_strides(rows)};
+  std::vector<int64_t> ids(static_cast<std::size_t>(c.length));
+  for (int64_t i = 0; i < c.length; ++i) ids[static_cast<std::size_t>(i)] = i * c.documents / c.length;
+  const Array documents =
+      c.documents > 1 ? Array{ids.data(), DType::i64, {c.batch, c.length}, {0, 1}} : Array{};  // the same in all
   const AttentionScores scores{1 / std::sqrt(static_cast<double>(c.depth)), true, 0, 0};
-  const double forward =
-      bench::median_seconds([&] { cpu::attention(scores, q.array, k.array, v.array, {}, out.array, log_sum_exp); });
+  const double forward = bench::median_seconds(
+      [&] { cpu::attention(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp); });
   const double backward = bench::median_seconds([&] {
-    cpu::attention_backward(scores, q.array, k.array, v.array, {}, out.array, log_sum_exp, dout.array, dq.array,
-                            dk.array, dv.array);
+    cpu::attention_backward(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp, dout.array,
+                            dq.array, dk.array, dv.array);
   });
   return {forward * 1e3, backward * 1e3};
 }
@@ -57,27 +66,28 @@ int main(int argc, char** argv) {
   const int threads = num_threads();
   if (!options.json) {
     std::printf("%s, %d threads, f32 multiply-add peak %.1f GFLOP/s; causal attention\n\n", isa, threads, peak);
-    std::printf("%4s %6s %6s %4s  %-5s %24s %24s\n", "B", "heads", "T", "D", "dtype", "forward ms (GFLOP/s)",
-                "backward ms (GFLOP/s)");
+    std::printf("%4s %6s %6s %4s %10s  %-5s %24s %24s\n", "B", "heads", "T", "D", "documents", "dtype",
+                "forward ms (GFLOP/s)", "backward ms (GFLOP/s)");
   }
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const Case& c : cases) {
       const Milliseconds ms = dtype == DType::f32 ? measure<float>(c) : measure<bf16>(c);
-      const double gflop =
-          2e-9 * static_cast<double>(c.batch * c.heads * c.length * c.length * c.depth);  // both products, half
+      const double gflop = 2e-9 * static_cast<double>(c.batch * c.heads * c.length * (c.length / c.documents) *
+                                                      c.depth);  // both products, half
       const double forward = gflop / ms.forward * 1e3, backward = 2.5 * gflop / ms.backward * 1e3;
       if (options.json) {
         std::printf(
             "{\"bench\":\"attention\",\"batch\":%ld,\"heads\":%ld,\"kv_heads\":%ld,\"length\":%ld,\"depth\":%ld,"
-            "\"dtype\":\"%s\","
+            "\"documents\":%ld,\"dtype\":\"%s\","
             "\"isa\":\"%s\",\"threads\":%d,\"peak_gflops\":%.1f,\"forward_ms\":%.3f,\"backward_ms\":%.3f}\n",
             static_cast<long>(c.batch), static_cast<long>(c.heads), static_cast<long>(c.kv_heads),
-            static_cast<long>(c.length), static_cast<long>(c.depth), to_text(dtype), isa, threads, peak, ms.forward,
-            ms.backward);
+            static_cast<long>(c.length), static_cast<long>(c.depth), static_cast<long>(c.documents), to_text(dtype),
+            isa, threads, peak, ms.forward, ms.backward);
       } else {
-        std::printf("%4ld %3ld/%-2ld %6ld %4ld  %-5s %14.2f (%7.1f) %14.2f (%7.1f)\n", static_cast<long>(c.batch),
+        std::printf("%4ld %3ld/%-2ld %6ld %4ld %10ld  %-5s %14.2f (%7.1f) %14.2f (%7.1f)\n", static_cast<long>(c.batch),
                     static_cast<long>(c.heads), static_cast<long>(c.kv_heads), static_cast<long>(c.length),
-                    static_cast<long>(c.depth), to_text(dtype), ms.forward, forward, ms.backward, backward);
+                    static_cast<long>(c.depth), static_cast<long>(c.documents), to_text(dtype), ms.forward, forward,
+                    ms.backward, backward);
       }
       std::fflush(stdout);
     }

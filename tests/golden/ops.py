@@ -820,6 +820,9 @@ def attention(x, a):
         allowed &= key <= position
     if window:  # the last `window` keys up to the query's own position; without causal as many on the other side
         allowed &= (position - key < window) & (key - position < window)
+    if len(x) > 4:  # of each key; a query has the one of the key at its position
+        documents = x[4].reshape(-1, tk)
+        allowed = allowed & (documents[:, position[:, 0]][:, None, :, None] == documents[:, None, None])
     if mask is not None and mask.dtype == torch.bool:
         allowed = allowed & mask
     scores = q @ k.transpose(-1, -2) * a.get("scale", q.shape[-1]**-0.5)
@@ -864,7 +867,18 @@ op("scaled_dot_product_attention", attention, case(*qkv(2, 3, 3, 4, 5, 8)), case
    case(*qkv(2, 2, 1, 4, 5, 4), R(4, 5)), case(*qkv(2, 2, 2, 4, 5, 4), R(2, 1, 1, 5)), case(*qkv(1, 2, 2, 3, 4, 4, 6)),
    case(*qkv(0, 2, 2, 3, 4, 4)), case(*qkv(1, 2, 2, 0, 4, 4)),
    case(*qkv(1, 1, 1, 2, 3, 2), MV([[1, 0, 1], [0, 0, 0]]), name="rows without keys"), case(*qkv(1, 1, 1, 21, 35, 5)),
-   case(*qkv(1, 1, 1, 35, 35, 3), causal="top_left"))
+   case(*qkv(1, 1, 1, 35, 35, 3), causal="top_left"),
+   case(*qkv(1, 2, 2, 7, 7, 4), None, X([3, 3, 3, -1, -1, 9, 9]), causal="top_left", name="documents"),
+   case(*qkv(2, 4, 2, 5, 5, 4), None, X([[0, 0, 1, 1, 1], [5, 5, 5, 5, -2]]), name="documents"),
+   case(*qkv(2, 2, 1, 5, 5, 3), None, X([[-1, -1, 0, 0, 0], [0] * 5]), causal="top_left", name="left padding"),
+   case(*qkv(2, 2, 1, 5, 5, 3), None, X([[1, 0, 1, 0, 1], [4, 4, 7, 7, 4]]), name="documents with gaps"),
+   case(*qkv(2, 2, 1, 3, 7, 4, 6), None, X([[2, 2, 2, 2, 2, 0, 0], [8, 8, 8, 1, 1, 8, 1]]), causal="bottom_right",
+        name="documents"), case(*qkv(1, 2, 2, 3, 6, 4), None, X([0, 1, 1, 0, 1, 2]), name="documents"),
+   case(*qkv(1, 2, 1, 9, 9, 4), None, X([0] * 6 + [1] * 3), causal="top_left", window=3, name="documents"),
+   case(*qkv(2, 2, 2, 4, 5, 4), M(2, 1, 4, 5), X([0, 0, 1, 1, 0]), name="documents"),
+   case(*qkv(1, 2, 2, 5, 5, 4), R(5, 5), X([[6, 6, 2, 2, 2]]), causal="top_left", name="documents"),
+   case(*qkv(1, 1, 1, 40, 40, 3), None, X([j // 7 for j in range(40)]), causal="top_left", name="documents"),
+   case(*qkv(1, 1, 1, 40, 40, 3), None, X([j % 3 for j in range(40)]), causal="top_left", name="documents with gaps"))
 
 # ---- writing and checking ------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ AttentionParams attention_options(const Tensors& x, const Args& a) {
                    : causal == "bottom_right" ? Causal::bottom_right
                                               : Causal::none;
   if (x.size() > 3) options.mask = x[3];
+  if (x.size() > 4) options.documents = x[4];
   if (a.has("scale")) options.scale = a.number("scale");
   options.window = a.integer("window", 0);
   return options;

@@ -175,13 +175,16 @@ struct Backend {
   void (*rope)(const Array& x, const Array& positions, double theta, bool interleaved, bool inverse,
                const Array& out) = nullptr;
 
-  /// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, Hq, Tq, Tk) u8, floating or undefined; out (B,
-  /// Hq, Tq, Dv); log_sum_exp (B, Hq, Tq) dense, in the compute type, +inf where a query sees no key.
+  /// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv), mask (B, Hq, Tq, Tk) u8, floating or undefined, documents
+  /// (B, Tk) i64 or undefined: a query sees only keys of the document at its place; out (B, Hq, Tq, Dv); log_sum_exp
+  /// (B, Hq, Tq) dense, in the compute type, +inf where a query sees no key. A key that a query does not see (a
+  /// floating mask of -inf also hides it) has no influence on it, nor the other way round, even if it holds NaN.
   void (*attention)(const AttentionScores& scores, const Array& q, const Array& k, const Array& v, const Array& mask,
-                    const Array& out, const Array& out_log_sum_exp) = nullptr;
+                    const Array& documents, const Array& out, const Array& out_log_sum_exp) = nullptr;
   void (*attention_backward)(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
-                             const Array& mask, const Array& out, const Array& log_sum_exp, const Array& dout,
-                             const Array& out_dq, const Array& out_dk, const Array& out_dv) = nullptr;
+                             const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp,
+                             const Array& dout, const Array& out_dq, const Array& out_dk,
+                             const Array& out_dv) = nullptr;
 
   // Rows along the last axis, floating dtypes. `weight`, `bias` (n) and statistics are dense and in the compute type
   // (f32 for bf16); undefined weights are none, undefined outputs are not wanted.

@@ -7,22 +7,27 @@
 // "FlashAttention-2", 2023): P = exp(S - lse) is made again, tile by tile, with delta = rowsum(dout * out):
 //   dv += P^T dout,  dS = P * (dout v^T - delta),  dq += scale dS k,  dk += scale dS^T q.
 //
-// Scores that `causal` and `window` hide are skipped, to the granularity of the micro-kernel's block. One task owns
-// each output tile (forward) or head (backward) and adds in fixed order: the bits do not depend on the number of
-// threads.
+// Scores that `causal`, `window` and documents hide are skipped, to the granularity of the micro-kernel's block: a
+// query sees no key before its document's first or behind its last. Only where a document has gaps are the numbers of
+// the keys in between compared. One task owns each output tile (forward) or head (backward) and adds in fixed order:
+// the bits do not depend on the number of threads.
+//
+// What is hidden has no influence, not even as 0 * NaN: rows of k, v, q and dout that hold NaN or an infinity are taken
+// out of the products that would meet them with a weight of 0, and are added for those that see them.
 
 #include <knock/core/backend.hpp>
 
 namespace knock::cpu {
 
 /// out (B, Hq, Tq, Dv) and log_sum_exp (B, Hq, Tq; +inf for a query that sees no key; f32, or f64 for f64) are written.
-/// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); mask (B, Hq, Tq, Tk) u8, floating or undefined.
+/// q (B, Hq, Tq, D), k (B, Hkv, Tk, D), v (B, Hkv, Tk, Dv); mask (B, Hq, Tq, Tk) u8, floating or undefined; documents
+/// (B, Tk) i64 or undefined.
 void attention(const AttentionScores& scores, const Array& q, const Array& k, const Array& v, const Array& mask,
-               const Array& out, const Array& log_sum_exp);
+               const Array& documents, const Array& out, const Array& log_sum_exp);
 /// dq, dk and dv are written.
 void attention_backward(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
-                        const Array& mask, const Array& out, const Array& log_sum_exp, const Array& dout,
-                        const Array& dq, const Array& dk, const Array& dv);
+                        const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp,
+                        const Array& dout, const Array& dq, const Array& dk, const Array& dv);
 
 }  // namespace knock::cpu
 
@@ -33,6 +38,7 @@ void attention_backward(const AttentionScores& scores, const Array& q, const Arr
 #include <knock/cpu/gemm_tile.hpp>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace knock::cpu {
@@ -46,22 +52,125 @@ struct Range {
   Range intersect(Range other) const { return {std::max(begin, other.begin), std::min(end, other.end)}; }
 };
 
-/// Which keys a query sees, before the mask, and which queries see a key. Both ends grow with the place.
+/// The documents of one sequence of keys. Without documents both pointers are null.
+struct Documents {
+  const Range* extent = nullptr;    ///< (Tk) from the first key of the key's document to behind its last
+  const int32_t* number = nullptr;  ///< (Tk) 0, 1, ...
+  bool scattered = false;           ///< some document has gaps
+};
+
+/// The documents of every sequence of the batch.
+class DocumentTable {
+ public:
+  explicit DocumentTable(const Array& ids)  // (B, Tk), broadcast where all sequences have the same
+      : rows_(!ids.defined()        ? 0
+              : ids.strides[0] == 0 ? std::min<int64_t>(ids.shape[0], 1)
+                                    : ids.shape[0]),
+        keys_(ids.defined() ? ids.shape[1] : 0),
+        storage_(rows_ * (keys_ * static_cast<int64_t>(sizeof(Range) + sizeof(int32_t)) + 1), Device{}),
+        extents_(static_cast<Range*>(storage_.data)),
+        numbers_(reinterpret_cast<int32_t*>(extents_ + rows_ * keys_)),
+        scattered_(reinterpret_cast<uint8_t*>(numbers_ + rows_ * keys_)) {
+    parallel_tasks(rows_, [&](int64_t b) {
+      scattered_[b] = number(ids.as<int64_t>() + b * ids.strides[0], ids.strides[1], keys_, extents_ + b * keys_,
+                             numbers_ + b * keys_);
+    });
+  }
+
+  Documents of(int64_t b) const {
+    if (rows_ == 0) return {};
+    const int64_t row = rows_ == 1 ? 0 : b;
+    return {extents_ + row * keys_, numbers_ + row * keys_, scattered_[row] != 0};
+  }
+
+ private:
+  struct Run {
+    int64_t id;
+    Range keys;
+  };
+
+  /// Writes a sequence's extents and numbers; returns whether a document has gaps.
+  static bool number(const int64_t* ids, int64_t step, int64_t keys, Range* extents, int32_t* numbers) {
+    Run* const runs = thread_scratch<Run>(Slot::user0, keys);
+    int64_t count = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      if (count == 0 || runs[count - 1].id != ids[j * step]) runs[count++] = {ids[j * step], {j, j}};
+      runs[count - 1].keys.end = j + 1;
+    }
+    std::sort(runs, runs + count,
+              [](const Run& a, const Run& b) { return a.id != b.id ? a.id < b.id : a.keys.begin < b.keys.begin; });
+    bool gaps = false;
+    int32_t document = 0;
+    for (int64_t first = 0, last = 0; first < count; first = last, ++document) {
+      while (last < count && runs[last].id == runs[first].id) ++last;
+      gaps = gaps || last - first > 1;
+      for (int64_t run = first; run < last; ++run) {
+        const Range own = runs[run].keys;
+        std::fill(extents + own.begin, extents + own.end, Range{runs[first].keys.begin, runs[last - 1].keys.end});
+        std::fill(numbers + own.begin, numbers + own.end, document);
+      }
+    }
+    return gaps;
+  }
+
+  int64_t rows_, keys_;
+  Storage storage_;
+  Range* extents_;
+  int32_t* numbers_;
+  uint8_t* scattered_;
+};
+
+/// Which keys a query sees, before the mask, and which queries see a key: all of them lie in these ranges, and for a
+/// single query or key all in the range are such unless documents are scattered.
 struct Visible {
   AttentionScores scores;
   int64_t queries, keys;
+  Documents documents;
 
   Range keys_of(Range q) const {
-    const int64_t first = q.begin + scores.shift, last = q.end - 1 + scores.shift;
-    const int64_t begin = scores.window > 0 ? first - scores.window + 1 : 0;
+    const Range at = places(q);
+    const int64_t last = at.end - 1;
+    const int64_t begin = scores.window > 0 ? at.begin - scores.window + 1 : 0;
     const int64_t end = scores.causal ? last + 1 : scores.window > 0 ? last + scores.window : keys;
-    return {std::clamp<int64_t>(begin, 0, keys), std::clamp<int64_t>(end, 0, keys)};
+    const Range near{std::clamp<int64_t>(begin, 0, keys), std::clamp<int64_t>(end, 0, keys)};
+    return documents.extent ? near.intersect(extent_of(at)) : near;
   }
   Range queries_of(Range k) const {
     const int64_t first = k.begin - scores.shift, last = k.end - 1 - scores.shift;
     const int64_t begin = scores.causal ? first : scores.window > 0 ? first - scores.window + 1 : 0;
     const int64_t end = scores.window > 0 ? last + scores.window : queries;
-    return {std::clamp<int64_t>(begin, 0, queries), std::clamp<int64_t>(end, 0, queries)};
+    const Range near{std::clamp<int64_t>(begin, 0, queries), std::clamp<int64_t>(end, 0, queries)};
+    if (!documents.extent) return near;
+    const Range extent = extent_of(k);
+    return near.intersect({extent.begin - scores.shift, extent.end - scores.shift});
+  }
+  /// True only if none of the queries has a document in common with one of the keys; exact for one query and one key
+  /// in its range.
+  bool apart(Range q, Range k) const {
+    if (!documents.scattered) return false;
+    const Range theirs = numbers_of(places(q)), own = numbers_of(k);
+    return theirs.end <= own.begin || own.end <= theirs.begin;
+  }
+
+ private:
+  /// The places among the keys.
+  Range places(Range q) const { return {q.begin + scores.shift, q.end + scores.shift}; }
+  /// From the first to behind the last key of the documents at some places.
+  Range extent_of(Range at) const {
+    Range all{keys, 0};
+    at = at.intersect({0, keys});
+    for (int64_t j = at.begin; j < at.end; ++j)
+      all = {std::min(all.begin, documents.extent[j].begin), std::max(all.end, documents.extent[j].end)};
+    return all;
+  }
+  Range numbers_of(Range at) const {
+    int32_t least = std::numeric_limits<int32_t>::max(), most = -1;
+    at = at.intersect({0, keys});
+    for (int64_t j = at.begin; j < at.end; ++j) {
+      least = std::min(least, documents.number[j]);
+      most = std::max(most, documents.number[j]);
+    }
+    return {least, int64_t{most} + 1};
   }
 };
 
@@ -83,14 +192,48 @@ void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> 
     for (int64_t j = 0; j < n; ++j) to(i, j) = static_cast<T>(from[i * stride + j]);
 }
 
+/// Whether x (n) holds neither NaN nor an infinity.
+template <class C>
+bool all_finite(const C* x, int64_t n) {
+  C lanes[16] = {}, sum = 0;  // of zeros, or NaN
+  int64_t j = 0;
+  for (; j + 16 <= n; j += 16) {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < 16; ++i) lanes[i] += x[j + i] * C(0);
+  }
+  for (; j < n; ++j) sum += x[j] * C(0);
+  for (int64_t i = 0; i < 16; ++i) sum += lanes[i];
+  return sum == 0;
+}
+
+/// Calls body(i) for every i of the range whose mark is 1.
+template <class Body>
+void for_marked(const uint8_t* marks, Range range, Body&& body) {
+  for (int64_t i = range.begin; i < range.end; ++i) {
+    const void* const next = std::memchr(marks + i, 1, static_cast<std::size_t>(range.end - i));
+    if (!next) return;
+    i = static_cast<const uint8_t*>(next) - marks;
+    body(i);
+  }
+}
+
+/// to (n) += weight x
+template <class T, class C>
+void add_scaled(int64_t n, C weight, const T* x, int64_t step, C* to) {
+  for (int64_t d = 0; d < n; ++d) to[d] += weight * static_cast<C>(x[d * step]);
+}
+
 /// Row loops over scores, compiled once per instruction set.
 template <class C>
 struct ScoreRows {
   /// Adds exp(s - m) of n scores to `sum`, where m = max(largest, all s) becomes the new `largest`; s becomes the
   /// exponentials. Returns exp(old largest - m), by which earlier sums shrink.
   C (*forward)(int64_t n, C* s, C& largest, C& sum);
-  /// s becomes p = exp(s - log_sum_exp), and dp becomes p (dp - delta).
+  /// s becomes p = exp(s - log_sum_exp), and dp becomes p (dp - delta); where s is -inf both become 0, even if the
+  /// others are NaN.
   void (*backward)(int64_t n, C* s, C* dp, C log_sum_exp, C delta);
+  /// Scores of keys of other documents become -inf.
+  void (*hide_others)(int64_t n, const int32_t* number, int32_t own, C* s);
 };
 
 #define KNOCK_SCORE_ROWS(name, target)                                                    \
@@ -108,7 +251,7 @@ struct ScoreRows {
     for (; j < n; ++j) top = s[j] > top ? s[j] : top;                                     \
     const C shift = top == -infinity ? C(0) : top;                                        \
     KNOCK_SIMD                                                                            \
-    for (int64_t i = 0; i < n; ++i) s[i] = math::exp(s[i] - shift);                       \
+    for (int64_t i = 0; i < n; ++i) s[i] = math::exp_down(s[i] - shift);                  \
     C partial[16] = {};                                                                   \
     for (j = 0; j + 16 <= n; j += 16) {                                                   \
       KNOCK_SIMD                                                                          \
@@ -117,19 +260,27 @@ struct ScoreRows {
     C added = 0;                                                                          \
     for (; j < n; ++j) added += s[j];                                                     \
     for (int64_t i = 0; i < 16; ++i) added += partial[i];                                 \
-    const C shrink = largest == top ? C(1) : math::exp(largest - shift);                  \
+    const C shrink = largest == top ? C(1) : math::exp_down(largest - shift);             \
     sum = sum * shrink + added;                                                           \
     largest = top;                                                                        \
     return shrink;                                                                        \
   }                                                                                       \
   template <class C>                                                                      \
   target void backward_row_##name(int64_t n, C* s, C* dp, C lse, C delta) {               \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                            \
     KNOCK_SIMD                                                                            \
     for (int64_t j = 0; j < n; ++j) {                                                     \
-      const C p = math::exp(s[j] - lse);                                                  \
-      s[j] = p;                                                                           \
-      dp[j] = p * (dp[j] - delta);                                                        \
+      const bool hidden = s[j] == -infinity;                                              \
+      const C p = math::exp_down(s[j] - lse), ds = p * (dp[j] - delta);                   \
+      s[j] = hidden ? C(0) : p;                                                           \
+      dp[j] = hidden ? C(0) : ds;                                                         \
     }                                                                                     \
+  }                                                                                       \
+  template <class C>                                                                      \
+  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) {   \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                            \
+    KNOCK_SIMD                                                                            \
+    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;           \
   }
 
 #ifdef __clang__  // says so when it leaves one of the loops scalar: those in f64
@@ -149,10 +300,10 @@ KNOCK_SCORE_ROWS(avx512, KNOCK_TARGET_AVX512)
 template <class C>
 ScoreRows<C> score_rows() {
 #if KNOCK_X86
-  if (isa() == Isa::avx512) return {forward_row_avx512<C>, backward_row_avx512<C>};
-  if (isa() == Isa::avx2) return {forward_row_avx2<C>, backward_row_avx2<C>};
+  if (isa() == Isa::avx512) return {forward_row_avx512<C>, backward_row_avx512<C>, hide_others_avx512<C>};
+  if (isa() == Isa::avx2) return {forward_row_avx2<C>, backward_row_avx2<C>, hide_others_avx2<C>};
 #endif
-  return {forward_row_portable<C>, backward_row_portable<C>};
+  return {forward_row_portable<C>, backward_row_portable<C>, hide_others_portable<C>};
 }
 
 /// What forward and backward share: shapes, tiles and products of small blocks. C is the type of the arithmetic.
@@ -164,9 +315,10 @@ struct Attention {
   int64_t depth_cols, value_cols, key_cols;  ///< padded to whole panels
   const MicroKernels<C>& kernels = micro_kernels<C>();
   ScoreRows<C> rows = score_rows<C>();
-  Visible visible;
+  DocumentTable documents;
 
-  Attention(const AttentionScores& s, const Array& q_, const Array& k_, const Array& v_, const Array& mask_)
+  Attention(const AttentionScores& s, const Array& q_, const Array& k_, const Array& v_, const Array& mask_,
+            const Array& ids)
       : scores(s),
         q(q_),
         k(k_),
@@ -182,9 +334,10 @@ struct Attention {
         depth_cols(padded_cols<C>(depth)),
         value_cols(padded_cols<C>(value_depth)),
         key_cols(padded_cols<C>(keys)),
-        visible{s, queries, keys} {}
+        documents(ids) {}
 
   int64_t group() const { return heads / kv_heads; }
+  Visible visible(int64_t b) const { return {scores, queries, keys, documents.of(b)}; }
 
   /// out (rows, n) (+)= alpha a b: one strip of at most kernels.rows rows; n is padded.
   void product(int64_t rows_count, int64_t n, int64_t k_count, C alpha, const C* a, int64_t a_row, int64_t a_step,
@@ -204,19 +357,39 @@ struct Attention {
     }
   }
 
-  /// Applies the mask to scores of query i and the keys of `range`; s is the score of the first one.
-  void apply_mask(int64_t b, int64_t h, int64_t i, Range range, C* s) const {
-    const int64_t first = b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2], step = mask.strides[3];
-    if (mask.dtype == DType::u8) {
-      const uint8_t* allowed = mask.as<uint8_t>() + first + range.begin * step;
-      for (int64_t j = 0; j < range.size(); ++j)
-        if (!allowed[j * step]) s[j] = -std::numeric_limits<C>::infinity();
-    } else {
-      dispatch_float(mask.dtype, "scaled_dot_product_attention", [&]<class M>(Type<M>) {
-        const M* added = mask.as<M>() + first + range.begin * step;
-        for (int64_t j = 0; j < range.size(); ++j) s[j] += static_cast<C>(added[j * step]);
-      });
+  /// Whether keys in a query's range may be hidden.
+  bool masked(const Visible& visible) const { return mask.defined() || visible.documents.scattered; }
+
+  /// Adds a floating mask to scores of query i and the keys of `range`, and makes hidden ones -inf; s is the score of
+  /// the first one.
+  void apply_masks(const Visible& visible, int64_t b, int64_t h, int64_t i, Range range, C* s) const {
+    constexpr C infinity = std::numeric_limits<C>::infinity();
+    if (mask.defined()) {
+      const int64_t first = b * mask.strides[0] + h * mask.strides[1] + i * mask.strides[2], step = mask.strides[3];
+      if (mask.dtype == DType::u8) {
+        const uint8_t* allowed = mask.as<uint8_t>() + first + range.begin * step;
+        for (int64_t j = 0; j < range.size(); ++j)
+          if (!allowed[j * step]) s[j] = -infinity;
+      } else {
+        dispatch_float(mask.dtype, "scaled_dot_product_attention", [&]<class M>(Type<M>) {
+          const M* added = mask.as<M>() + first + range.begin * step;
+          for (int64_t j = 0; j < range.size(); ++j) {
+            const C more = static_cast<C>(added[j * step]);
+            s[j] = more == -infinity ? -infinity : s[j] + more;
+          }
+        });
+      }
     }
+    if (const int32_t* number = visible.documents.number; visible.documents.scattered)
+      rows.hide_others(range.size(), number + range.begin, number[i + scores.shift], s);
+  }
+
+  /// Whether query i may look at key j.
+  bool sees(const Visible& visible, int64_t b, int64_t h, int64_t i, int64_t j) const {
+    if (visible.keys_of({i, i + 1}).intersect({j, j + 1}).empty()) return false;
+    C score = 0;
+    if (masked(visible)) apply_masks(visible, b, h, i, {j, j + 1}, &score);
+    return score != -std::numeric_limits<C>::infinity();
   }
 
   /// k_count = D = 0 leaves every score 0.
@@ -235,11 +408,14 @@ void clear_outside(C* s, int64_t n, Range keep) {
   std::fill(s + std::clamp<int64_t>(std::max(keep.begin, keep.end), 0, n), s + n, C(0));
 }
 
-/// Queries [tile.begin, tile.end) of one head; keys and values are packed for the whole head.
+/// Queries [tile.begin, tile.end) of one head; keys and values are packed for the whole head, values that are
+/// `taken_out` as zeros.
 template <class T, class C>
 void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, Packed<C> keys, const C* values,
-                    Matrix<T> out, C* log_sum_exp) {
+                    const uint8_t* taken_out, Matrix<T> out, C* log_sum_exp) {
   constexpr int64_t key_tile = 256;
+  const Visible visible = a.visible(b);
+  const bool masked = a.masked(visible);
   const int64_t width = a.kernels.cols, count = tile.size(), strips = (count + a.kernels.rows - 1) / a.kernels.rows;
   C* const q = thread_scratch<C>(Slot::user0, count * a.depth);               // (count, D)
   C* const sum = thread_scratch<C>(Slot::user1, count * (a.value_cols + 2));  // (count, Dv), then l and m
@@ -248,22 +424,22 @@ void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, 
   copy_padded(head_of<const T>(a.q, b, h).block(tile.begin, 0), count, a.depth, a.depth, q);
   std::fill(sum, m, C(0));
   std::fill(m, m + count, -std::numeric_limits<C>::infinity());
-  const Range all = a.visible.keys_of(tile);
+  const Range all = visible.keys_of(tile);
   for (int64_t start = all.begin / key_tile * key_tile; start < all.end; start += key_tile) {
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t first = strip_start(count, strips, strip), rows = strip_start(count, strips, strip + 1) - first;
-      const Range seen =
-          a.visible.keys_of({tile.begin + first, tile.begin + first + rows}).intersect({start, start + key_tile});
-      if (seen.empty()) continue;
+      const Range queries{tile.begin + first, tile.begin + first + rows};
+      const Range seen = visible.keys_of(queries).intersect({start, start + key_tile});
+      if (seen.empty() || visible.apart(queries, seen)) continue;
       const int64_t col = (seen.begin - start) / width * width,
                     cols = (seen.end - start - col + width - 1) / width * width;
       a.scores_of(rows, cols, q + first * a.depth, a.depth, keys, start + col, s + col, key_tile);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = first + r;
-        const Range own = a.visible.keys_of({tile.begin + i, tile.begin + i + 1}).intersect({start, start + key_tile});
+        const Range own = visible.keys_of({tile.begin + i, tile.begin + i + 1}).intersect({start, start + key_tile});
         C* const line = s + r * key_tile;
         if (!own.empty()) {
-          if (a.mask.defined()) a.apply_mask(b, h, tile.begin + i, own, line + own.begin - start);
+          if (masked) a.apply_masks(visible, b, h, tile.begin + i, own, line + own.begin - start);
           const C shrink = a.rows.forward(own.size(), line + own.begin - start, m[i], l[i]);
           if (shrink != 1)
             for (int64_t d = 0; d < a.value_cols; ++d) sum[i * a.value_cols + d] *= shrink;
@@ -272,6 +448,13 @@ void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, 
       }
       a.product(rows, a.value_cols, seen.size(), 1, s + seen.begin - start, key_tile, 1,
                 values + seen.begin * a.value_cols, 1, a.value_cols, true, sum + first * a.value_cols, a.value_cols);
+      for_marked(taken_out, seen, [&](int64_t j) {
+        const Matrix<const T> value = head_of<const T>(a.v, b, h / a.group()).block(j, 0);
+        for (int64_t r = 0; r < rows; ++r)
+          if (a.sees(visible, b, h, queries.begin + r, j))
+            add_scaled(a.value_depth, s[r * key_tile + j - start], value.data, value.col_stride,
+                       sum + (first + r) * a.value_cols);
+      });
     }
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -290,18 +473,23 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
   constexpr int64_t key_tile = 128, query_tile = 112;
   const int64_t width = a.kernels.cols, strip_rows = a.kernels.rows, dc = a.depth_cols, vc = a.value_cols;
   const int64_t elements = a.queries * (2 * dc + vc + 1) + key_tile * (2 * dc + vc) + 2 * query_tile * key_tile;
-  const Storage storage(elements * static_cast<int64_t>(sizeof(C)), Device{});
+  const Storage storage(elements * static_cast<int64_t>(sizeof(C)) + a.queries + key_tile, Device{});
   C* const q = static_cast<C*>(storage.data);                         // (Tq, depth_cols)
   C *const dq = q + a.queries * dc, *const dy = dq + a.queries * dc;  // (Tq, depth_cols), (Tq, value_cols)
   C *const k = dy + a.queries * vc, *const k_packed = k + key_tile * dc, *const v_packed = k_packed + key_tile * dc;
   C *const p = v_packed + key_tile * vc, *const ds = p + query_tile * key_tile;  // (query_tile, key_tile)
   C* const delta = ds + query_tile * key_tile;                                   // (Tq)
+  // Rows that hold NaN or an infinity: of q or dout (Tq), of k (key_tile).
+  uint8_t *const bad_queries = reinterpret_cast<uint8_t*>(delta + a.queries), *const bad_keys = bad_queries + a.queries;
+  const Visible visible = a.visible(b);
+  const bool masked = a.masked(visible);
   copy_padded(head_of<const T>(a.q, b, h), a.queries, a.depth, dc, q);
   copy_padded(dout, a.queries, a.value_depth, vc, dy);
   std::fill(dq, dq + a.queries * dc, C(0));
   for (int64_t i = 0; i < a.queries; ++i) {
     delta[i] = 0;
     for (int64_t d = 0; d < a.value_depth; ++d) delta[i] += dy[i * vc + d] * static_cast<C>(out(i, d));
+    bad_queries[i] = !all_finite(q + i * dc, dc) || !all_finite(dy + i * vc, vc);
   }
   const C scale = static_cast<C>(a.scores.scale);
   const Matrix<const T> k_head = head_of<const T>(a.k, b, h / a.group()),
@@ -311,12 +499,18 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
     copy_padded(k_head.block(start, 0), tile_keys, a.depth, dc, k);
     const Packed<C> k_t = pack(k_head.block(start, 0).t(), a.depth, tile_keys, k_packed);
     const Packed<C> v_t = pack(v_head.block(start, 0).t(), a.value_depth, tile_keys, v_packed);
-    const Range seeing = a.visible.queries_of({start, start + tile_keys});
+    for (int64_t j = 0; j < tile_keys; ++j) {
+      bad_keys[j] = !all_finite(k + j * dc, dc);
+      if (bad_keys[j]) std::fill(k + j * dc, k + (j + 1) * dc, C(0));
+    }
+    const Range seeing = visible.queries_of({start, start + tile_keys});
     for (int64_t from = seeing.begin; from < seeing.end; from += query_tile) {
       const int64_t count = std::min(query_tile, seeing.end - from), strips = (count + strip_rows - 1) / strip_rows;
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = strip_start(count, strips, strip), rows = strip_start(count, strips, strip + 1) - first;
-        const Range seen = a.visible.keys_of({from + first, from + first + rows}).intersect({start, start + tile_keys});
+        const Range queries{from + first, from + first + rows};
+        Range seen = visible.keys_of(queries).intersect({start, start + tile_keys});
+        if (visible.apart(queries, seen)) seen.end = seen.begin;
         C *const p_strip = p + first * key_tile, *const ds_strip = ds + first * key_tile;
         const int64_t col = (seen.begin - start) / width * width,
                       cols = (seen.end - start - col + width - 1) / width * width;
@@ -327,28 +521,53 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
         }
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = from + first + r;
-          const Range own = a.visible.keys_of({i, i + 1}).intersect({start, start + tile_keys});
+          const Range own = visible.keys_of({i, i + 1}).intersect(seen);
           C *const p_row = p_strip + r * key_tile, *const ds_row = ds_strip + r * key_tile;
           if (!own.empty()) {
-            if (a.mask.defined()) a.apply_mask(b, h, i, own, p_row + own.begin - start);
+            if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
             a.rows.backward(own.size(), p_row + own.begin - start, ds_row + own.begin - start, log_sum_exp[i],
                             delta[i]);
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});
         }
-        if (!seen.empty())
-          a.product(rows, dc, seen.size(), scale, ds_strip + seen.begin - start, key_tile, 1,
-                    k + (seen.begin - start) * dc, 1, dc, true, dq + (from + first) * dc, dc);
+        if (seen.empty()) continue;
+        a.product(rows, dc, seen.size(), scale, ds_strip + seen.begin - start, key_tile, 1,
+                  k + (seen.begin - start) * dc, 1, dc, true, dq + (from + first) * dc, dc);
+        for_marked(bad_keys, {seen.begin - start, seen.end - start}, [&](int64_t j) {
+          for (int64_t r = 0; r < rows; ++r)
+            if (a.sees(visible, b, h, queries.begin + r, start + j))
+              add_scaled(a.depth, scale * ds_strip[r * key_tile + j], &k_head(start + j, 0), k_head.col_stride,
+                         dq + (queries.begin + r) * dc);
+        });
+      }
+      const C *q_tile = q + from * dc, *dy_tile = dy + from * vc;  // (count, dc), (count, vc)
+      if (std::memchr(bad_queries + from, 1, static_cast<std::size_t>(count))) {
+        C *const q_copy = thread_scratch<C>(Slot::user0, count * (dc + vc)), *const dy_copy = q_copy + count * dc;
+        std::copy(q_tile, q_tile + count * dc, q_copy);
+        std::copy(dy_tile, dy_tile + count * vc, dy_copy);
+        for_marked(bad_queries, {from, from + count}, [&](int64_t i) {
+          std::fill(q_copy + (i - from) * dc, q_copy + (i - from + 1) * dc, C(0));
+          std::fill(dy_copy + (i - from) * vc, dy_copy + (i - from + 1) * vc, C(0));
+          for (int64_t j = 0; j < tile_keys; ++j) {
+            if (!a.sees(visible, b, h, i, start + j)) continue;
+            const int64_t at = (i - from) * key_tile + j;
+            add_scaled(vc, p[at], dy + i * vc, 1, dv + (start + j) * vc);
+            add_scaled(dc, scale * ds[at], q + i * dc, 1, dk + (start + j) * dc);
+          }
+        });
+        q_tile = q_copy;
+        dy_tile = dy_copy;
       }
       for (int64_t key = 0; key < tile_keys; key += strip_rows) {
         const int64_t rows = std::min(strip_rows, tile_keys - key);
-        const Range by = a.visible.queries_of({start + key, start + key + rows}).intersect({from, from + count});
-        if (by.empty()) continue;
+        const Range own{start + key, start + key + rows};
+        const Range by = visible.queries_of(own).intersect({from, from + count});
+        if (by.empty() || visible.apart(by, own)) continue;
         const int64_t skip = (by.begin - from) * key_tile + key;
-        a.product(rows, vc, by.size(), 1, p + skip, 1, key_tile, dy + by.begin * vc, 1, vc, true,
+        a.product(rows, vc, by.size(), 1, p + skip, 1, key_tile, dy_tile + (by.begin - from) * vc, 1, vc, true,
                   dv + (start + key) * vc, vc);
-        a.product(rows, dc, by.size(), scale, ds + skip, 1, key_tile, q + by.begin * dc, 1, dc, true,
+        a.product(rows, dc, by.size(), scale, ds + skip, 1, key_tile, q_tile + (by.begin - from) * dc, 1, dc, true,
                   dk + (start + key) * dc, dc);
       }
     }
@@ -359,28 +578,36 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
 }  // namespace detail
 
 KNOCK_FUNC void attention(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
-                          const Array& mask, const Array& out, const Array& log_sum_exp) {
+                          const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp) {
   dispatch_float(q.dtype, "scaled_dot_product_attention", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const detail::Attention<T, C> a(scores, q, k, v, mask);
+    const detail::Attention<T, C> a(scores, q, k, v, mask, documents);
     const int64_t kv = a.batch * a.kv_heads, per_head = a.depth * a.key_cols + a.keys * a.value_cols;
-    const Storage storage(kv * per_head * static_cast<int64_t>(sizeof(C)), Device{});
+    const Storage storage(kv * (per_head * static_cast<int64_t>(sizeof(C)) + a.keys), Device{});
     C* const packed =
         static_cast<C*>(storage.data);  // per head: keys transposed in panels, then values (Tk, value_cols)
+    uint8_t* const taken_out =
+        reinterpret_cast<uint8_t*>(packed + kv * per_head);  // per head: values that are not finite
     parallel_tasks(kv, [&](int64_t task) {
       const int64_t b = task / a.kv_heads, h = task % a.kv_heads;
       C* const own = packed + task * per_head;
       pack(detail::head_of<const T>(k, b, h).t(), a.depth, a.keys, own);
-      detail::copy_padded(detail::head_of<const T>(v, b, h), a.keys, a.value_depth, a.value_cols,
-                          own + a.depth * a.key_cols);
+      C* const values = own + a.depth * a.key_cols;
+      detail::copy_padded(detail::head_of<const T>(v, b, h), a.keys, a.value_depth, a.value_cols, values);
+      for (int64_t j = 0; j < a.keys; ++j) {
+        C* const value = values + j * a.value_cols;
+        taken_out[task * a.keys + j] = !detail::all_finite(value, a.value_cols);
+        if (taken_out[task * a.keys + j]) std::fill(value, value + a.value_cols, C(0));
+      }
     });
     const int64_t tiles = (a.queries + 111) / 112;
     parallel_tasks(a.batch * a.heads * tiles, [&](int64_t task) {
       const int64_t t = tiles - 1 - task / (a.batch * a.heads), head = task % (a.batch * a.heads);  // long ones first
       const int64_t b = head / a.heads, h = head % a.heads;
       const detail::Range tile{detail::strip_start(a.queries, tiles, t), detail::strip_start(a.queries, tiles, t + 1)};
-      const C* const own = packed + (b * a.kv_heads + h / a.group()) * per_head;
-      detail::attention_tile(a, b, h, tile, {own, a.key_cols}, own + a.depth * a.key_cols,
+      const int64_t kv_head = b * a.kv_heads + h / a.group();
+      const C* const own = packed + kv_head * per_head;
+      detail::attention_tile(a, b, h, tile, {own, a.key_cols}, own + a.depth * a.key_cols, taken_out + kv_head * a.keys,
                              detail::head_of<T>(out, b, h).block(tile.begin, 0),
                              log_sum_exp.as<C>() + head * a.queries + tile.begin);
     });
@@ -388,11 +615,12 @@ KNOCK_FUNC void attention(const AttentionScores& scores, const Array& q, const A
 }
 
 KNOCK_FUNC void attention_backward(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
-                                   const Array& mask, const Array& out, const Array& log_sum_exp, const Array& dout,
-                                   const Array& dq, const Array& dk, const Array& dv) {
+                                   const Array& mask, const Array& documents, const Array& out,
+                                   const Array& log_sum_exp, const Array& dout, const Array& dq, const Array& dk,
+                                   const Array& dv) {
   dispatch_float(q.dtype, "scaled_dot_product_attention", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const detail::Attention<T, C> a(scores, q, k, v, mask);
+    const detail::Attention<T, C> a(scores, q, k, v, mask, documents);
     // A task is one key head with all its query heads; where that gives few tasks, one query head, and the parts of dk
     // and dv are added afterwards.
     const int64_t per_task = a.batch * a.kv_heads >= 16 ? a.group() : 1, parts = a.group() / per_task;

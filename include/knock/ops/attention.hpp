@@ -32,6 +32,10 @@ struct AttentionParams {
 /// The query's own place among the keys is i, or i + Tk - Tq under Causal::bottom_right; `documents` need a key at
 /// every query's place: Tq <= Tk unless bottom_right, where a query before the first key sees none. A query that may
 /// see no key gets 0 and passes no gradient on.
+///
+/// What a query may not see has no influence on its output or gradient, and it none on that key's gradient, whatever
+/// they hold: NaN and infinities stay where they are seen. (A floating mask of -infinity hides as 0 in a u8 mask does.)
+/// The composite, which dropout, gradients of a mask and create_graph go through, lets 0 * NaN pass.
 Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v, AttentionParams params = {});
 
 namespace composite {
@@ -171,8 +175,7 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
 KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k, const Tensor& v,
                                                AttentionParams params) {
   const bool mask_gradient = autograd::is_recording() && params.mask.defined() && params.mask.requires_grad();
-  if (params.dropout > 0 || mask_gradient || params.documents.defined())
-    return composite::scaled_dot_product_attention(q, k, v, std::move(params));
+  if (params.dropout > 0 || mask_gradient) return composite::scaled_dot_product_attention(q, k, v, std::move(params));
   detail::check_attention(q, k, v, params);
   constexpr const char* op = "scaled_dot_product_attention";
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), keys = k.size(2);
@@ -184,29 +187,30 @@ KNOCK_FUNC Tensor scaled_dot_product_attention(const Tensor& q, const Tensor& k,
   const Tensor out = detail::empty_in_order_of(q, shape);
   const Tensor log_sum_exp =
       empty({batch, heads, queries}, {q.dtype() == DType::f64 ? DType::f64 : DType::f32, q.device()});
-  const auto mask_array = [shape = Shape{batch, heads, queries, keys}](const Tensor& mask) {
-    return mask.defined() ? mask.array().expand(shape) : Array{};
-  };
-  kernel(&Backend::attention, op, q)(scores, q.array(), k.array(), v.array(), mask_array(params.mask), out.array(),
-                                     log_sum_exp.array());
-  return autograd::record(op, out, {q, k, v},
-                          [sq = autograd::Saved(q), sk = autograd::Saved(k), sv = autograd::Saved(v),
-                           sm = autograd::Saved(params.mask), so = autograd::SavedOutput(out), log_sum_exp, params,
-                           scores, mask_array](const autograd::Upstream& up) -> Tensors {
-                            const Tensor query = sq.get(up), key = sk.get(up), value = sv.get(up), mask = sm.get(up),
-                                         dout = up.dy();
-                            if (autograd::is_recording())
-                              return autograd::twin_gradients(up, {query, key, value}, [&](const Tensors& in) {
-                                return composite::scaled_dot_product_attention(in[0], in[1], in[2], params);
-                              });
-                            const Tensor dq = detail::empty_in_order_of(query, query.shape()),
-                                         dk = detail::empty_in_order_of(key, key.shape()),
-                                         dv = detail::empty_in_order_of(value, value.shape());
-                            kernel(&Backend::attention_backward, op, query)(
-                                scores, query.array(), key.array(), value.array(), mask_array(mask), so.get(up).array(),
-                                log_sum_exp.array(), dout.array(), dq.array(), dk.array(), dv.array());
-                            return {dq, dk, dv};
-                          });
+  const auto expanded = [](const Tensor& x, const Shape& to) { return x.defined() ? x.array().expand(to) : Array{}; };
+  const Shape mask_shape{batch, heads, queries, keys}, documents_shape{batch, keys};
+  kernel(&Backend::attention, op, q)(scores, q.array(), k.array(), v.array(), expanded(params.mask, mask_shape),
+                                     expanded(params.documents, documents_shape), out.array(), log_sum_exp.array());
+  return autograd::record(
+      op, out, {q, k, v},
+      [sq = autograd::Saved(q), sk = autograd::Saved(k), sv = autograd::Saved(v), sm = autograd::Saved(params.mask),
+       sd = autograd::Saved(params.documents), so = autograd::SavedOutput(out), log_sum_exp, params, scores, expanded,
+       mask_shape, documents_shape](const autograd::Upstream& up) -> Tensors {
+        const Tensor query = sq.get(up), key = sk.get(up), value = sv.get(up), mask = sm.get(up),
+                     documents = sd.get(up), dout = up.dy();
+        if (autograd::is_recording())
+          return autograd::twin_gradients(up, {query, key, value}, [&](const Tensors& in) {
+            return composite::scaled_dot_product_attention(in[0], in[1], in[2], params);
+          });
+        const Tensor dq = detail::empty_in_order_of(query, query.shape()),
+                     dk = detail::empty_in_order_of(key, key.shape()),
+                     dv = detail::empty_in_order_of(value, value.shape());
+        kernel(&Backend::attention_backward, op, query)(
+            scores, query.array(), key.array(), value.array(), expanded(mask, mask_shape),
+            expanded(documents, documents_shape), so.get(up).array(), log_sum_exp.array(), dout.array(), dq.array(),
+            dk.array(), dv.array());
+        return {dq, dk, dv};
+      });
 }
 
 }  // namespace knock
