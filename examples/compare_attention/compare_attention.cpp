@@ -103,6 +103,12 @@ Arguments parse_arguments(CLI::App& app, int argc, char** argv) {
   return out;
 }
 
+/// Errors of the text come before any folder is made.
+void check_text(const train::DataConfig& config) {
+  const data::Corpus corpus = data::read_corpus(config.path, {.val_fraction = config.val_fraction});
+  check(corpus.valid.bytes() > 0, "compare", "no text is held out; see data.val_fraction");
+}
+
 /// Refuses to mix runs of different settings in one folder.
 void check_settings(const std::string& file, const train::Config& config) {
   if (!fs::exists(file)) return;
@@ -138,10 +144,7 @@ bool train_run(const train::Config& config, const std::string& settings_file, co
     checkpoint = train::open_checkpoint(folder);
   train::Trainer trainer = checkpoint ? train::Trainer(config, *checkpoint) : train::Trainer(config);
   io::write_file(settings_file, train::to_toml(settings));
-  const train::RunResult result = trainer.run();
-  if (result.finished)
-    check(result.final_evaluation.tokens > 0, "compare", "no text is held out; see data.val_fraction");
-  return result.finished;
+  return trainer.run().finished;
 }
 
 /// The results so far: of every seed that all variants have finished.
@@ -153,7 +156,9 @@ std::vector<compare::Result> collect(const std::vector<compare::Variant>& varian
     compare::Result result{variant.name, variant.config, {}};
     for (int64_t seed = 1; seed <= seeds; ++seed) {
       const train::Config config = run_config(variant, seed, out);
-      result.runs.push_back(finished(config).value());
+      const std::optional<train::RunHistory> history = finished(config);
+      check(history.has_value(), "compare", config.train.out_dir, " has no evaluation: too little text is held out");
+      result.runs.push_back(*history);
       const train::Checkpoint checkpoint = train::open_checkpoint(config.train.out_dir);
       result.config.model.vocab_size = checkpoint.config.model.vocab_size;
       const uint64_t hash = checkpoint.state.data_hash;
@@ -172,8 +177,7 @@ int run(const Arguments& arguments) {
   std::vector<compare::Variant> variants = compare::make_variants(arguments.variants, settings);
   if (settings.data.path.empty()) settings.data.path = default_corpus();
   for (compare::Variant& variant : variants) variant.config.data.path = settings.data.path;
-  data::read_corpus(settings.data.path,
-                    {.val_fraction = settings.data.val_fraction});  // errors before a folder is made
+  check_text(settings.data);
   const io::FolderLock lock(out);
   check_settings(settings_file, settings);
   for (int64_t seed = 1; seed <= arguments.seeds; ++seed) {
