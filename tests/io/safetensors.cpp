@@ -175,6 +175,9 @@ TEST_CASE("safetensors: a model in several files, by its index or its folder") {
   CHECK(contains(index_error(R"({"weight_map": {"x": "absent.safetensors"}})"), "absent.safetensors: No such file"));
   CHECK(contains(index_error(R"({"weight_map": {"y": "model.safetensors"}})"),
                  "tensor \"y\" is not in \"model.safetensors\""));
+  io::save_safetensors(folder / "two.safetensors", {{"x", ones({2})}, {"y", ones({2})}});
+  CHECK(contains(index_error(R"({"weight_map": {"x": "two.safetensors"}})"),
+                 "does not name tensor \"y\" of \"two.safetensors\""));
   CHECK(contains(index_error(R"({"weight_map": {"x": "../model.safetensors"}})"), "is not the name of a file"));
   CHECK(contains(index_error(R"({"weight_map": {"x": "/etc/passwd"}})"), "is not the name of a file"));
   CHECK(contains(index_error(R"({"weight_map": {"x": ".."}})"), "is not the name of a file"));

@@ -278,7 +278,7 @@ KNOCK_FUNC std::vector<std::string> obstacles(Architecture architecture, const M
   const bool moe = !is_dense_model(c), sigmoid = architecture == glm4_moe || architecture == deepseek_v3;
   const std::pair<const char*, nn::Knock> knocks[] = {{"q", c.knock.q}, {"k", c.knock.k}, {"v", c.knock.v}};
   for (const auto& [which, kind] : knocks)
-    when(kind == nn::Knock::mlp || kind == nn::Knock::gate, "an ", nn::to_text(kind), " knock on ", which,
+    when(kind == nn::Knock::mlp || kind == nn::Knock::gate, "the ", nn::to_text(kind), " knock on ", which,
          " folds into no projection (a linear one does)");
   when(!c.rope, "it has no rotary positions");
   when(c.rope_dim > 0 && c.rope_dim < c.head_dim && (architecture == qwen3 || architecture == qwen3_moe),

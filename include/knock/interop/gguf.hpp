@@ -134,7 +134,7 @@ KNOCK_FUNC void quantize_block(const float* x, char* out) {
   float largest = 0;
   for (int i = 0; i < q8_block; ++i) largest = std::max(largest, std::abs(x[i]));
   const float scale = largest / 127, inverse = scale > 0 ? 1 / scale : 0;
-  const uint16_t half = to_half(scale);
+  const uint16_t half = to_half(std::min(scale, 65504.0F));
   std::memcpy(out, &half, 2);
   for (int i = 0; i < q8_block; ++i) out[2 + i] = static_cast<char>(std::lround(x[i] * inverse));
 }

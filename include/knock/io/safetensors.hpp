@@ -267,6 +267,9 @@ KNOCK_FUNC StateDict load_shards(const std::string& path) {
     check(found != nullptr, load_op, path, ": tensor ", quote(name), " is not in ", quote(file));
     out.insert(name, *found);
   }
+  for (const auto& [file, tensors] : files)
+    for (const auto& [name, tensor] : tensors)
+      check(out.contains(name), load_op, path, ": does not name tensor ", quote(name), " of ", quote(file));
   return out;
 }
 
