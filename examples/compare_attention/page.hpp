@@ -22,53 +22,46 @@ inline std::string to_html(const std::vector<std::vector<std::string>>& columns)
   return out + "</table></div>\n";
 }
 
-/// Mean over the seeds of the training loss, less that of `base` when given, behind each step; `x_of(run, step)` is
-/// where the step stands, or the next one's price for it.
-template <class Price>
-train::Curve loss_curve(const Result& result, std::size_t color, Price&& price) {
-  train::Curve curve{result.name, train::chart_color(color), {}};
-  const std::size_t steps = result.runs[0].loss.size();
-  double x = 0;
-  for (std::size_t step = 0; step < steps; ++step) {
-    x += mean(result.each([&](const train::RunHistory& run) { return price(result, run, step); }));
-    curve.points.emplace_back(x, mean(result.each([&](const train::RunHistory& run) { return run.loss[step]; })));
-  }
-  curve.points = train::thinned(curve.points, 100);
-  return curve;
+/// value(step) over what the steps cost, from `first` on, in at most `count` points.
+template <class F>
+std::vector<std::pair<double, double>> series(const Result& result, std::size_t first, double price, std::size_t count,
+                                              F&& value) {
+  std::vector<std::pair<double, double>> out;
+  for (std::size_t step = first; step < result.runs[0].loss.size(); ++step)
+    out.emplace_back(static_cast<double>(step + 1) * price, value(step));
+  return train::thinned(out, count);
 }
 
+inline double mean_loss(const Result& result, std::size_t step) {
+  return mean(result.each([step](const train::RunHistory& run) { return run.loss[step]; }));
+}
+
+/// Losses, each the mean of the seeds, without the steep first twentieth.
 template <class Price>
 std::string loss_chart(const std::vector<Result>& all, const std::string& x_axis, Price&& price) {
-  train::Chart chart{"Training loss by " + x_axis, "nats a token, mean of the seeds", {}, x_axis};
-  for (std::size_t i = 0; i < all.size(); ++i) chart.curves.push_back(loss_curve(all[i], i, price));
+  train::Chart chart{
+      "Training loss by " + x_axis, "nats a token, mean of the seeds, after the first steps", {}, x_axis};
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const auto loss = [&](std::size_t step) { return mean_loss(all[i], step); };
+    const std::size_t first = all[i].runs[0].loss.size() / 20;
+    chart.curves.push_back({all[i].name, train::chart_color(i), series(all[i], first, price(all[i]), 100, loss)});
+  }
   return train::figure(std::move(chart));
 }
 
 /// How far each variant's loss is from the first one's, for each seed and in the mean.
 inline std::string difference_chart(const std::vector<Result>& all) {
   constexpr std::size_t points = 30;
-  train::Chart chart{"Training loss less that of " + all[0].name, "same seed, same step; bold: the mean", {}};
+  const Result& base = all[0];
+  train::Chart chart{"Training loss less that of " + base.name, "same seed, same step; bold: the mean", {}};
   for (std::size_t i = 0; i < all.size(); ++i) {
-    const std::size_t steps = all[i].runs[0].loss.size(), seeds = all[i].runs.size();
-    train::Curve average{all[i].name, train::chart_color(i), {}};
-    std::vector<train::Curve> single(seeds, {"", train::chart_color(i), {}, false, true});
-    for (std::size_t step = 0; step < steps; ++step) {
-      double sum = 0;
-      for (std::size_t seed = 0; seed < seeds; ++seed) {
-        const double difference = all[i].runs[seed].loss[step] - all[0].runs[seed].loss[step];
-        single[seed].points.emplace_back(static_cast<double>(step + 1), difference);
-        sum += difference;
-      }
-      average.points.emplace_back(static_cast<double>(step + 1), sum / static_cast<double>(seeds));
+    const std::size_t seeds = all[i].runs.size();
+    for (std::size_t seed = 0; i > 0 && seeds > 1 && seed < seeds; ++seed) {
+      const auto one = [&](std::size_t step) { return all[i].runs[seed].loss[step] - base.runs[seed].loss[step]; };
+      chart.curves.push_back({"", train::chart_color(i), series(all[i], 0, 1, points, one), false, true});
     }
-    if (i > 0 && seeds > 1) {
-      for (train::Curve& curve : single) {
-        curve.points = train::thinned(curve.points, points);
-        chart.curves.push_back(std::move(curve));
-      }
-    }
-    average.points = train::thinned(average.points, points);
-    chart.curves.push_back(std::move(average));
+    const auto average = [&](std::size_t step) { return mean_loss(all[i], step) - mean_loss(base, step); };
+    chart.curves.push_back({all[i].name, train::chart_color(i), series(all[i], 0, 1, points, average)});
   }
   return train::figure(std::move(chart));
 }
@@ -98,14 +91,12 @@ inline std::string make_page(const std::vector<Result>& all, const train::Config
       "loss spike is a run of steps whose loss exceeds the median of the last 128 steps by more than 6 times their "
       "median absolute deviation; its height is the excess. The losses at equal FLOPs and equal seconds are means over "
       "a tenth of the steps, the last ones before the cheapest or fastest variant ends: a dearer one has not finished "
-      "its schedule of the learning rate there. Seconds are those of this machine with all else that ran on it.</p>\n";
+      "its schedule of the learning rate there. Seconds are those of one machine with all else that ran on it; curves "
+      "and losses by seconds take the median step.</p>\n";
   body += "<main>\n";
-  const auto one = [](const Result&, const train::RunHistory&, std::size_t) { return 1.0; };
-  const auto tflop = [](const Result& result, const train::RunHistory&, std::size_t) {
-    return result.step_flops() / 1e12;
-  };
-  const auto seconds = [](const Result&, const train::RunHistory& run, std::size_t step) { return run.step_s[step]; };
-  body += loss_chart(all, "step", one) + loss_chart(all, "TFLOP", tflop) + loss_chart(all, "seconds", seconds);
+  body += loss_chart(all, "step", [](const Result&) { return 1.0; });
+  body += loss_chart(all, "TFLOP", [](const Result& result) { return result.step_flops() / 1e12; });
+  body += loss_chart(all, "seconds", [](const Result& result) { return result.step_seconds(); });
   if (all.size() > 1) body += difference_chart(all);
   body += validation_chart(all) + "</main>\n" + paper_tables;
   body += text("<details><summary>Configuration without the variants</summary><pre>",

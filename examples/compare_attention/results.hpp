@@ -27,6 +27,13 @@ struct Result {
     const train::TrainOptions& t = config.train;
     return cost().training_flops_per_token * static_cast<double>(t.batch_size * t.seq_len * t.grad_accum);
   }
+  /// Of a step, the median over all runs: a machine that does other things meanwhile hardly moves it.
+  double step_seconds() const {
+    std::vector<double> all;
+    for (const train::RunHistory& run : runs) all.insert(all.end(), run.step_s.begin(), run.step_s.end());
+    std::nth_element(all.begin(), all.begin() + static_cast<std::ptrdiff_t>(all.size() / 2), all.end());
+    return all[all.size() / 2];
+  }
   /// What `value` says of each run.
   template <class F>
   std::vector<double> each(F&& value) const {
@@ -62,14 +69,15 @@ inline double total_seconds(const train::RunHistory& run) {
   return std::accumulate(run.step_s.begin(), run.step_s.end(), 0.0);
 }
 
-/// Mean loss over a tenth of the steps, the last of those that `budget` suffices for when each takes its `price`.
-inline double loss_within(double budget, const train::RunHistory& run, const std::vector<double>& price) {
-  std::size_t end = 0;
-  for (double spent = 0; end < run.loss.size() && (spent += price[end]) <= budget * (1 + 1e-9);) ++end;
-  end = std::max<std::size_t>(end, 1);
-  const std::size_t count = std::clamp<std::size_t>(run.loss.size() / 10, 1, end);
-  const auto last = run.loss.begin() + static_cast<std::ptrdiff_t>(end);
-  return std::accumulate(last - static_cast<std::ptrdiff_t>(count), last, 0.0) / static_cast<double>(count);
+/// Mean loss of each run over a tenth of the steps: the last of those that `budget` suffices for when each takes
+/// `price`.
+inline std::vector<double> loss_within(double budget, const Result& result, double price) {
+  return result.each([&](const train::RunHistory& run) {
+    const auto steps = static_cast<double>(run.loss.size());
+    const auto end = static_cast<std::ptrdiff_t>(std::clamp(std::floor(budget / price + 1e-6), 1.0, steps));
+    const auto count = std::clamp<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(run.loss.size()) / 10, 1, end);
+    return std::accumulate(run.loss.begin() + end - count, run.loss.begin() + end, 0.0) / static_cast<double>(count);
+  });
 }
 
 /// The same kind without knocks; null when it is not compared, or when this is it.
@@ -109,11 +117,11 @@ inline std::vector<std::string> spike_cells(const Result& result) {
   return {text(count), format("%.3f", height), text(length)};
 }
 
-/// What all may spend so that none spends more than it has: the least total of a run's price.
-template <class F>
-double smallest(const std::vector<Result>& all, F&& total) {
-  double out = total(all[0]);
-  for (const Result& result : all) out = std::min(out, total(result));
+/// The price of a step of the variant where it is least.
+template <class Price>
+double least(const std::vector<Result>& all, Price&& price) {
+  double out = price(all[0]);
+  for (const Result& result : all) out = std::min(out, price(result));
   return out;
 }
 
@@ -129,24 +137,21 @@ inline const std::vector<std::string> row_names = {"",
                                                    "training MFLOP a token",
                                                    "cache bytes a token (bf16)",
                                                    "seconds of training",
+                                                   "seconds a step, median",
                                                    "training loss, equal FLOPs",
                                                    "training loss, equal seconds"};
 
 /// Columns of cells: the names of the rows, then one a variant.
 inline std::vector<std::vector<std::string>> make_table(const std::vector<Result>& all) {
   std::vector<std::vector<std::string>> columns = {row_names};
-  const auto flops_of = [](const Result& r) { return r.step_flops() * static_cast<double>(r.runs[0].loss.size()); };
-  const auto seconds_of = [](const Result& r) { return mean(r.each(total_seconds)); };
-  const double flops = smallest(all, flops_of), seconds = smallest(all, seconds_of);
+  const auto steps = static_cast<double>(all[0].runs[0].loss.size());
+  const double flops = steps * least(all, [](const Result& r) { return r.step_flops(); });
+  const double seconds = steps * least(all, [](const Result& r) { return r.step_seconds(); });
   for (const Result& result : all) {
     const models::ModelCost cost = result.cost();
     const auto final_of = [](double train::RunHistory::Evaluation::*value) {
       return [value](const train::RunHistory& run) { return run.evaluations.back().*value; };
     };
-    const auto by_flops = [&](const train::RunHistory& run) {
-      return loss_within(flops, run, std::vector<double>(run.loss.size(), result.step_flops()));
-    };
-    const auto by_seconds = [&](const train::RunHistory& run) { return loss_within(seconds, run, run.step_s); };
     std::vector<std::string> column = {
         result.name, summary(result.each(final_of(&train::RunHistory::Evaluation::bits_per_byte)), "%.4f"),
         summary(result.each(final_of(&train::RunHistory::Evaluation::loss)), "%.4f")};
@@ -156,8 +161,9 @@ inline std::vector<std::vector<std::string>> make_table(const std::vector<Result
     column.push_back(format("%.3f", cost.training_flops_per_token / 1e6));
     column.push_back(text(2 * cost.cache_numbers_per_token));
     column.push_back(summary(result.each(total_seconds), "%.1f"));
-    column.push_back(summary(result.each(by_flops), "%.4f"));
-    column.push_back(summary(result.each(by_seconds), "%.4f"));
+    column.push_back(format("%.3f", result.step_seconds()));
+    column.push_back(summary(loss_within(flops, result, result.step_flops()), "%.4f"));
+    column.push_back(summary(loss_within(seconds, result, result.step_seconds()), "%.4f"));
     columns.push_back(std::move(column));
   }
   return columns;

@@ -64,14 +64,14 @@ inline std::vector<double> grid_lines(double low, double high, int count) {
 inline constexpr std::string_view page_style = R"(
   :root { color-scheme: light dark; --line: #8884; }
   body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1340px; padding: 0 1rem; }
-  main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.5rem; }
+  main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.5rem; margin: 1rem 0; }
   figure { margin: 0; border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
   figcaption { font-weight: 600; }
   svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
   polyline { stroke-width: 1.6; stroke-linejoin: round; } .grid { stroke: var(--line); }
-  .faint { stroke-width: 1; opacity: .35; }
-  table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; }
-  th, td { padding: .2rem .8rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); }
+  .faint { stroke-width: 1; opacity: .5; }
+  table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; white-space: nowrap; }
+  th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: pre; border-bottom: 1px solid var(--line); }
   td { font-variant-numeric: tabular-nums; } .wide { overflow-x: auto; }
   p { margin: .3rem 0 0; } small { font-weight: 400; opacity: .7; }
   pre { white-space: pre-wrap; border-left: 3px solid var(--line); padding-left: 1rem; }
