@@ -87,8 +87,10 @@ TEST_CASE("export_hf: a linear knock is folded in f64 and rounded once") {
 
 TEST_CASE("export_hf: bf16 rounds the weights but not the router's bias") {
   Exported exported(small(), {.dtype = DType::bf16});
-  for (const auto& [name, tensor] : io::load_safetensors(exported.folder))
-    CHECK_MESSAGE(tensor.dtype() == (name.ends_with("e_score_correction_bias") ? DType::f32 : DType::bf16), name);
+  for (const auto& entry : io::load_safetensors(exported.folder)) {
+    const std::string& name = entry.first;
+    CHECK_MESSAGE(entry.second.dtype() == (name.ends_with("e_score_correction_bias") ? DType::f32 : DType::bf16), name);
+  }
   CHECK(read_json(exported.folder + "/config.json")["dtype"] == "bfloat16");
   const io::ImportedModel back = io::load_hf(exported.folder);
   CHECK(back.model->parameters()[0].dtype() == DType::f32);
@@ -162,7 +164,7 @@ TEST_CASE("export_knock: every parameter, the configuration and the code") {
   CHECK(json["model"]["rope_dim"] == 4);  // written out
   const StateDict ours = model->state_dict(), written = io::load_safetensors(scratch / "x");
   CHECK(written.size() == ours.size());
-  for (const auto& [name, tensor] : ours) CHECK_MESSAGE(same_bits(written.at(name), tensor), name);
+  for (const auto& entry : ours) CHECK_MESSAGE(same_bits(written.at(entry.first), entry.second), entry.first);
   CHECK(
       contains(error_of([&] { io::export_knock(*model, small_tokenizer(), scratch / "y", "/nowhere"); }), "/nowhere"));
   CHECK(!fs::exists(scratch / "y"));

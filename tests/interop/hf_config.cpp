@@ -148,9 +148,10 @@ TEST_CASE("parse_hf_config: what is not supported or damaged is an error that na
       {latent, {{"first_k_dense_replace", 3}}, "more dense layers than layers"},
       {latent, {{"scoring_func", "softmax"}}, "scoring_func must be \"sigmoid\""},
   };
-  for (const auto& [config, changes, expected] : cases) {
-    const std::string error = complaint(config, changes);
-    CHECK_MESSAGE(contains(error, std::string("[import] config.json: ") + expected), error, " for ", changes.dump());
+  for (const auto& entry : cases) {
+    const std::string error = complaint(std::get<0>(entry), std::get<1>(entry));
+    const std::string expected = std::string("[import] config.json: ") + std::get<2>(entry);
+    CHECK_MESSAGE(contains(error, expected), error, " for ", std::get<1>(entry).dump());
   }
   for (const char* damaged : {"", "{", "[]", "null", "{\"model_type\": 3}"})
     CHECK(contains(error_of([&] { io::parse_hf_config(damaged, "config.json"); }), "[import] config.json: "));

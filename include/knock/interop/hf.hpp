@@ -173,6 +173,18 @@ KNOCK_FUNC Json knock_config(const models::MoeLmConfig& model, const HfConfigOpt
 
 // ---- import --------------------------------------------------------------------------------------------------------
 
+/// Whether a tensor belongs to a layer behind the last one.
+KNOCK_FUNC bool predicts_more_tokens(const std::string& name, const HfConfig& config) {
+  for (int64_t i = 0; i < config.extra_layers; ++i)
+    if (name.starts_with(text("model.layers.", config.model.layers + i, "."))) return true;
+  return false;
+}
+
+/// Whether `head` is the embedding once more.
+KNOCK_FUNC bool is_tied_copy(const Tensor& head, const Tensor* embedding) {
+  return embedding && embedding->shape() == head.shape() && embedding->to_vector<float>() == head.to_vector<float>();
+}
+
 /// The folder's tensors but those that a model like ours has no use for, which are named in `left_out`.
 KNOCK_FUNC StateDict useful_tensors(const std::string& folder, const HfConfig& config,
                                     std::vector<std::string>& left_out) {
@@ -180,18 +192,10 @@ KNOCK_FUNC StateDict useful_tensors(const std::string& folder, const HfConfig& c
   const StateDict all = load_safetensors(folder);
   int64_t extra = 0;
   for (const auto& [name, tensor] : all) {
-    const bool predicts_more = [&] {
-      for (int64_t i = 0; i < config.extra_layers; ++i)
-        if (name.starts_with(text("model.layers.", config.model.layers + i, "."))) return true;
-      return false;
-    }();
-    const Tensor* embedding = all.find("model.embed_tokens.weight");
-    const bool tied_copy = config.model.tie_embeddings && name == "lm_head.weight" && embedding &&
-                           embedding->shape() == tensor.shape() &&
-                           embedding->to_vector<float>() == tensor.to_vector<float>();
-    if (predicts_more)
+    if (predicts_more_tokens(name, config))
       ++extra;
-    else if (tied_copy)
+    else if (name == "lm_head.weight" && config.model.tie_embeddings &&
+             is_tied_copy(tensor, all.find("model.embed_tokens.weight")))
       left_out.push_back("lm_head.weight, a copy of the embedding");
     else
       out.insert(name, tensor);
