@@ -852,6 +852,20 @@ op("moe_experts", moe_experts, case(*experts(7, 2, 4, 5, 3)), case(*experts(1, 1
    case(*experts(0, 2, 3, 4, 3)), case(*experts(5, 1, 8, 3, 2)))
 
 
+def expert_linear(x, a):
+    t, index, weight = x
+    return torch.einsum("nkfc,nkc->nkf" if t.dim() == 3 else "nkfc,nc->nkf", weight[index], t)
+
+
+def slots(n, k, e):
+    return UX(n, k, dim=1, hi=e)
+
+
+op("expert_linear", expert_linear, case(R(7, 3), slots(7, 2, 4), R(4, 5, 3)), case(R(1, 1), slots(1, 1, 1), R(1, 1, 1)),
+   case(R(7, 2, 3), slots(7, 2, 4), R(4, 5, 3)), case(R(0, 3), slots(0, 2, 4), R(4, 5, 3)),
+   case(R(5, 1, 3), slots(5, 1, 8), R(8, 2, 3)), case(R(3, 6), slots(3, 3, 3), R(3, 4, 6)))
+
+
 def qkv(b, hq, hkv, tq, tk, d, dv=None):
     return R(b, hq, tq, d), R(b, hkv, tk, d), R(b, hkv, tk, dv or d)
 

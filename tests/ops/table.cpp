@@ -327,6 +327,9 @@ const std::vector<Family>& families() {
        .twin = OP(composite::moe_experts(x[0], x[1], x[2], x[3], x[4], x[5])),
        .large = LARGE(f64({150, 32}), topk(f64({150, 8}), 2).indices, f64({150, 2}), f64({8, 24, 32}),
        f64({8, 24, 32}), f64({8, 32, 24}))},
+      {.op = "expert_linear", .call = OP(expert_linear(x[0], x[1], x[2])),
+       .twin = OP(composite::expert_linear(x[0], x[1], x[2])),
+       .large = LARGE(f64({150, 32}), topk(f64({150, 8}), 2).indices, f64({8, 24, 32}))},
     }},
   };
   // clang-format on
