@@ -201,9 +201,13 @@ TEST_CASE("tokenizer: damaged and foreign files are refused, each with its reaso
       {[](json& f) { f["model"]["byte_fallback"] = true; }, "byte_fallback is not supported"},
       {[](json& f) { f["model"]["ignore_merges"] = "yes"; }, "'ignore_merges' is not a boolean"},
       {[](json& f) {
-         f["normalizer"] = {{"type", "NFC"}};
+         f["normalizer"] = {{"type", "NFKC"}};
        },
        "normalizer is not supported"},
+      {[](json& f) {
+         f["normalizer"] = {{"type", "NFC"}};
+       },
+       "brings texts to Unicode's form NFC first"},
       {[](json& f) { f["truncation"] = json::object(); }, "truncation is not supported"},
       {[](json& f) { f["decoder"]["type"] = "WordPiece"; }, "decoder must be ByteLevel"},
       {[](json& f) { f["decoder"] = nullptr; }, "'decoder' must be of type object"},

@@ -315,7 +315,7 @@ TEST_CASE("load_hf: a tokenizer that normalises to NFC is taken when the texts a
   Json json = read_json(exported.folder + "/tokenizer.json");
   json["normalizer"] = {{"type", "NFC"}};
   io::write_file(exported.folder + "/tokenizer.json", json.dump());
-  CHECK(contains(exported.error(), "normalises texts to NFC, which is not done here; --assume-nfc"));
+  CHECK(contains(exported.error(), "brings texts to Unicode's form NFC first, which is not done here; assume-nfc"));
   CHECK(io::load_hf(exported.folder, {.assume_nfc = true}).tokenizer.to_json() == small_tokenizer().to_json());
 }
 

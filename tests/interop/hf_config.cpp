@@ -153,6 +153,8 @@ TEST_CASE("parse_hf_config: what is not supported or damaged is an error that na
     const std::string expected = std::string("[import] config.json: ") + std::get<2>(entry);
     CHECK_MESSAGE(contains(error, expected), error, " for ", std::get<1>(entry).dump());
   }
-  for (const char* damaged : {"", "{", "[]", "null", "{\"model_type\": 3}"})
+  const std::string deep = "{\"a\": " + std::string(400'000, '[') + std::string(400'000, ']') + "}";
+  for (const std::string& damaged : {std::string(), std::string("{"), std::string("[]"), std::string("null"),
+                                     std::string("{\"model_type\": 3}"), std::string("{\"a\": 1, \"a\": 2}"), deep})
     CHECK(contains(error_of([&] { io::parse_hf_config(damaged, "config.json"); }), "[import] config.json: "));
 }

@@ -44,10 +44,11 @@ class Tokenizer {
   static Tokenizer train(std::span<const std::string> texts, int64_t vocab_size, const TokenizerOptions& options = {});
 
   /// Reads a `tokenizer.json`. Anything this class would not reproduce exactly (another model, normaliser or
-  /// pre-tokenizer), and any damage, is an `Error` that names the file and what is wrong with it.
-  static Tokenizer load(const std::string& path);
+  /// pre-tokenizer), and any damage, is an `Error` that names the file and what is wrong with it. `assume_nfc` says
+  /// that texts will be in Unicode's form NFC: then a tokenizer is taken that would first bring them there.
+  static Tokenizer load(const std::string& path, bool assume_nfc = false);
   /// The same from text in memory; `name` stands for the file in errors.
-  static Tokenizer from_json(std::string_view json, std::string_view name);
+  static Tokenizer from_json(std::string_view json, std::string_view name, bool assume_nfc = false);
 
   /// Writes a `tokenizer.json` (atomically), byte for byte as the `tokenizers` package writes it.
   void save(const std::string& path) const;
@@ -597,17 +598,17 @@ class Tokenizer::Reader {
  public:
   using Json = nlohmann::json;
 
-  explicit Reader(std::string_view name) : name_(name) {}
+  Reader(std::string_view name, bool assume_nfc) : name_(name), assume_nfc_(assume_nfc) {}
 
   Tokenizer read(std::string_view json) {
     const Json root = parse(json);
     require(root.is_object(), "the file is not a JSON object");
-    for (const char* key : {"normalizer", "truncation", "padding"})
+    check_normalizer(root);
+    for (const char* key : {"truncation", "padding"})
       require(is_null(root, key), key, " is not supported: it must be null");
     check_pre_tokenizer(member(root, "pre_tokenizer", Json::value_t::object));
     require(type_of(member(root, "decoder", Json::value_t::object)) == "ByteLevel", "decoder must be ByteLevel");
-    if (!is_null(root, "post_processor"))
-      check_post_processor(member(root, "post_processor", Json::value_t::object));
+    if (!is_null(root, "post_processor")) check_post_processor(member(root, "post_processor", Json::value_t::object));
     const Json& model = member(root, "model", Json::value_t::object);
     check_model(model);
     const Json& added = member(root, "added_tokens", Json::value_t::array);
@@ -684,6 +685,15 @@ class Tokenizer::Reader {
     if (found == object.end() || found->is_null()) return false;
     require(found->is_boolean(), "'", key, "' is not a boolean");
     return found->get<bool>();
+  }
+
+  void check_normalizer(const Json& root) const {
+    if (is_null(root, "normalizer")) return;
+    const bool nfc = type_of(member(root, "normalizer", Json::value_t::object)) == "NFC";
+    require(nfc, "normalizer is not supported: it must be null");
+    require(assume_nfc_,
+            "brings texts to Unicode's form NFC first, which is not done here; assume-nfc takes them as "
+            "they are (most texts are NFC)");
   }
 
   void check_pre_tokenizer(const Json& part) const {
@@ -819,18 +829,19 @@ class Tokenizer::Reader {
   }
 
   std::string name_;
+  bool assume_nfc_;
   Tokenizer tokenizer_;
   std::unordered_map<std::string, int32_t> added_;  // content -> id
   std::unordered_map<std::string, int32_t> ids_;    // spelling -> id, without the special tokens
 };
 
-KNOCK_FUNC Tokenizer Tokenizer::from_json(std::string_view json, std::string_view name) {
-  return Reader(name).read(json);
+KNOCK_FUNC Tokenizer Tokenizer::from_json(std::string_view json, std::string_view name, bool assume_nfc) {
+  return Reader(name, assume_nfc).read(json);
 }
 
-KNOCK_FUNC Tokenizer Tokenizer::load(const std::string& path) {
+KNOCK_FUNC Tokenizer Tokenizer::load(const std::string& path, bool assume_nfc) {
   constexpr int64_t max_bytes = int64_t{1} << 28;
-  return from_json(io::read_file(path, max_bytes), path);
+  return from_json(io::read_file(path, max_bytes), path, assume_nfc);
 }
 
 KNOCK_FUNC void Tokenizer::save(const std::string& path) const { io::write_file(path, to_json()); }

@@ -240,21 +240,6 @@ KNOCK_FUNC void drop_zero_shared_experts(models::MoeLmConfig& config, StateDict&
   config.shared_experts = 0;
 }
 
-/// The tokenizer of a folder. A normalisation to NFC is left out when texts are known to be NFC.
-KNOCK_FUNC data::Tokenizer load_tokenizer(const std::string& folder, bool assume_nfc) {
-  const std::string path = folder + "/tokenizer.json";
-  std::string source = read_file(path, int64_t{1} << 28);
-  Json json = Json::parse(source, nullptr, false);
-  if (json.is_object() && json.contains("normalizer") && json["normalizer"].is_object() &&
-      json["normalizer"].contains("type") && json["normalizer"]["type"] == "NFC") {
-    check(assume_nfc, "import", path,
-          ": normalises texts to NFC, which is not done here; --assume-nfc takes texts as they are (most are NFC)");
-    json["normalizer"] = nullptr;
-    source = json.dump();
-  }
-  return data::Tokenizer::from_json(source, path);
-}
-
 /// Copies `state` into a model that may have knocks besides, which keep their identity.
 KNOCK_FUNC void load_under_knocks(models::MoeLm& model, const StateDict& state) {
   StateDict all;
@@ -322,7 +307,7 @@ KNOCK_FUNC ImportedModel load_hf(const std::string& folder, const ImportOptions&
   train::Config config;
   config.model = hf.model;
   train::check_config(config);
-  ImportedModel out{nullptr, detail::load_tokenizer(folder, options.assume_nfc), {}};
+  ImportedModel out{nullptr, data::Tokenizer::load(folder + "/tokenizer.json", options.assume_nfc), {}};
   check(out.tokenizer.vocab_size() <= hf.model.vocab_size, "import", folder, ": the tokenizer has ",
         out.tokenizer.vocab_size(), " tokens, the model only ", hf.model.vocab_size);
   StateDict state =

@@ -149,6 +149,9 @@ KNOCK_FUNC void write_layers(Architecture architecture, const MoeLmConfig& c, Js
 class ConfigReader {
  public:
   ConfigReader(std::string_view json, std::string_view source) : source_(source) {
+    JsonReader strict(json, "import", source);  // bounds the nesting, refuses repeated keys
+    strict.skip();
+    strict.finish();
     root_ = Json::parse(json, nullptr, false);
     require(root_.is_object(), "not a JSON object");
   }
@@ -231,8 +234,9 @@ KNOCK_FUNC void read_rope(const ConfigReader& reader, Architecture architecture,
   const Json& parameters = scaling.is_object() ? scaling : empty;
   for (const char* key : {"rope_type", "type"}) {
     const Json& type = ConfigReader::member(parameters, key);
-    reader.require(type.is_null() || type == "default", "rope_parameters: positions scaled as ", type.dump(),
-                   " are not supported");
+    reader.require(type.is_null() || type.is_string(), "rope_parameters: ", key, " must be a string");
+    reader.require(type.is_null() || type == "default", "rope_parameters: positions scaled as ",
+                   quote(type.is_string() ? type.get<std::string>() : ""), " are not supported");
   }
   const auto find = [&](const char* key) -> const Json& {
     const Json& inner = ConfigReader::member(parameters, key);
