@@ -167,6 +167,10 @@ TEST_CASE("export_knock: every parameter, the configuration and the code") {
   for (const auto& entry : ours) CHECK_MESSAGE(same_bits(written.at(entry.first), entry.second), entry.first);
   CHECK(
       contains(error_of([&] { io::export_knock(*model, small_tokenizer(), scratch / "y", "/nowhere"); }), "/nowhere"));
+  const auto absorbed = random_model(small());
+  absorbed->absorb_knocks();
+  CHECK(contains(error_of([&] { io::export_knock(*absorbed, small_tokenizer(), scratch / "y", code); }),
+                 "the model's knocks were absorbed"));
   CHECK(!fs::exists(scratch / "y"));
 }
 

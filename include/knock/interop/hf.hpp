@@ -171,6 +171,21 @@ KNOCK_FUNC Json knock_config(const models::MoeLmConfig& model, const HfConfigOpt
   return json;
 }
 
+/// Error when knocks of the configuration are no longer in the model.
+KNOCK_FUNC void check_not_absorbed(const models::MoeLm& model) {
+  for (const auto& layer : model.layers()) {
+    const nn::KnockOptions& knock = layer->self_attn->options().knock;
+    const StateDict state = layer->self_attn->state_dict();
+    const std::pair<const char*, nn::Knock> knocks[] = {
+        {"knock_q.", knock.q}, {"knock_k.", knock.k}, {"knock_v.", knock.v}};
+    for (const auto& [prefix, kind] : knocks) {
+      bool found = kind == nn::Knock::none;
+      for (const auto& [name, tensor] : state) found = found || name.starts_with(prefix);
+      check(found, "export", "the model's knocks were absorbed: its code would compute them; export it before");
+    }
+  }
+}
+
 // ---- import --------------------------------------------------------------------------------------------------------
 
 /// Whether a tensor belongs to a layer behind the last one.
@@ -287,6 +302,7 @@ KNOCK_FUNC void export_knock(const models::MoeLm& model, const data::Tokenizer& 
                              const std::string& code_folder, const ExportOptions& options) {
   const NoGradGuard no_grad;
   detail::check_options(options);
+  detail::check_not_absorbed(model);
   check_export_folder(folder);
   const auto config = detail::knock_config(
       model.config(), {.dtype = options.dtype, .max_positions = options.max_positions, .eos_id = tokenizer.eos_id()});
