@@ -146,7 +146,6 @@ TEST_CASE("compare_attention: wrong variants train nothing") {
            {"hydra+linear", "variant hydra+linear"},
            {"gqa+", "variant gqa+: "},
            {"gqa,gqa", "variant gqa is named twice"}}) {
-    CAPTURE(variants);
     check_failure(tiny.compare("--variants " + variants), part);
   }
   check_failure(tiny.compare("--model.q_heads=3 --model.kv_heads=2"), "q_heads 3 is not divisible by kv_heads 2");
