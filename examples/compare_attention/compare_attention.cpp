@@ -19,13 +19,20 @@ namespace fs = std::filesystem;
 
 namespace {
 
-const char* const about =
-    R"(Trains attention variants on the same text with the same seeds and compares bits per byte, loss spikes, costs and time.
+std::string about() {
+  std::string kinds;
+  for (const std::string_view kind : nn::attention_variant_names) kinds += text(kinds.empty() ? "" : " ", kind);
+  return text(R"(Trains attention variants on the same text with the same seeds and compares bits per byte, loss spikes,
+costs and time: a table here, and OUT/compare.html with the curves.
 
-A variant is an attention kind (mha mqa gqa gta mla gla2 moa talking_heads hydra) with knocks behind it: +linear on q, k and
-v where the kind has them, +mlp or +gate on v, or one by one as in gqa+q=linear+v=mlp. Other keys of ./run train hold for all
-of them: --section.key=VALUE. A run that was killed or stopped (Ctrl-C) goes on with the same command; one with more variants
-or seeds adds to what OUT holds.)";
+A variant is an attention kind ()",
+              kinds, R"()
+with knocks behind it: +linear on q, k and v where the kind has them, +mlp or +gate on v, or one by one as in
+gqa+q=linear+v=mlp. Every key of ./run train holds for all of them: --section.key=VALUE; by default the model has 3
+million parameters, and a step 1024 tokens. A run that was killed or stopped (Ctrl-C) goes on with the same command; one
+with more variants or seeds adds to what OUT holds.
+)");
+}
 
 struct Arguments {
   std::vector<std::string> variants = {"gqa", "gqa+linear", "gqa+mlp"};
@@ -202,7 +209,7 @@ int run(const Arguments& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  CLI::App app{about, "./run compare"};
+  CLI::App app{about(), "./run compare"};
   try {
     const Arguments arguments = parse_arguments(app, argc, argv);
     stop_on_signals();
