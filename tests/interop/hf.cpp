@@ -300,6 +300,11 @@ TEST_CASE("load_hf: hostile and incomplete folders") {
                  }),
                  "model.layers"));
   CHECK(contains(error_after([&](const std::string& f) {
+                   edit(f + "/config.json",
+                        [](Json& json) { json["num_hidden_layers"] = 1000, json["n_routed_experts"] = 16'000; });
+                 }),
+                 "config.json tells of more than 16001000 tensors, there are"));
+  CHECK(contains(error_after([&](const std::string& f) {
                    edit(f + "/config.json", [](Json& json) { json["num_key_value_heads"] = 3; });
                  }),
                  "not divisible by kv_heads"));

@@ -188,6 +188,13 @@ KNOCK_FUNC void check_not_absorbed(const models::MoeLm& model) {
 
 // ---- import --------------------------------------------------------------------------------------------------------
 
+/// Error when a configuration names far more tensors than the folder has, before they are listed.
+KNOCK_FUNC void check_count(const std::string& folder, const models::MoeLmConfig& c, const StateDict& state) {
+  const auto given = static_cast<int64_t>(state.size());
+  const int64_t least = c.layers + (c.layers - c.dense_layers) * c.experts;
+  check(least <= given, "import", folder, ": config.json tells of more than ", least, " tensors, there are ", given);
+}
+
 /// Whether a tensor belongs to a layer behind the last one.
 KNOCK_FUNC bool predicts_more_tokens(const std::string& name, const HfConfig& config) {
   for (int64_t i = 0; i < config.extra_layers; ++i)
@@ -326,8 +333,9 @@ KNOCK_FUNC ImportedModel load_hf(const std::string& folder, const ImportOptions&
   ImportedModel out{nullptr, data::Tokenizer::load(folder + "/tokenizer.json", options.assume_nfc), {}};
   check(out.tokenizer.vocab_size() <= hf.model.vocab_size, "import", folder, ": the tokenizer has ",
         out.tokenizer.vocab_size(), " tokens, the model only ", hf.model.vocab_size);
-  StateDict state =
-      match_tensors("import", folder, stock_tensors(hf.model), detail::useful_tensors(folder, hf, out.left_out));
+  const StateDict given = detail::useful_tensors(folder, hf, out.left_out);
+  detail::check_count(folder, hf.model, given);
+  StateDict state = match_tensors("import", folder, stock_tensors(hf.model), given);
   if (hf.interleaved_rope) detail::reorder_rope(hf.model, state);
   detail::drop_zero_shared_experts(hf.model, state);
   hf.model.knock = options.knock;

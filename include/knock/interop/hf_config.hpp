@@ -1,7 +1,6 @@
 #pragma once
 // config.json of the stock architectures, from and to our configuration. One list of keys serves both directions.
 
-#include <knock/data/tokenizer.hpp>
 #include <knock/interop/architecture.hpp>
 
 #include <string>
