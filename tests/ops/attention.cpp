@@ -510,7 +510,8 @@ TEST_CASE("attention: errors") {
   CHECK(test::contains(error(q, k, k, AttentionParams{.mask = zeros({5, 5}, {.dtype = DType::i64})}),
                        "mask must be u8 or floating"));
   const auto ids = [](const Shape& shape) { return zeros(shape, {.dtype = DType::i64}); };
-  CHECK(test::contains(error(q, k, k, AttentionParams{.documents = zeros({5})}), "documents must be i64, got (5,) f32"));
+  CHECK(
+      test::contains(error(q, k, k, AttentionParams{.documents = zeros({5})}), "documents must be i64, got (5,) f32"));
   CHECK(
       test::contains(error(q, k, k, AttentionParams{.documents = ids({4})}), "documents (4,) i64 cpu are not (Tk) or"));
   CHECK(test::contains(error(q, k, k, AttentionParams{.documents = ids({2, 5})}), "are not (Tk) or (B, Tk) of k"));

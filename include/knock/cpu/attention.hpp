@@ -229,9 +229,10 @@ struct ScoreRows {
   /// Adds exp(s - m) of n scores to `sum`, where m = max(largest, all s) becomes the new `largest`; s becomes the
   /// exponentials. Returns exp(old largest - m), by which earlier sums shrink.
   C (*forward)(int64_t n, C* s, C& largest, C& sum);
-  /// s becomes p = exp(s - log_sum_exp), and dp becomes p (dp - delta); where s is -inf both become 0, even if the
-  /// others are NaN.
+  /// s becomes p = exp(s - log_sum_exp), and dp becomes p (dp - delta).
   void (*backward)(int64_t n, C* s, C* dp, C log_sum_exp, C delta);
+  /// The same where s is not -inf; where it is both become 0, even if the others are NaN.
+  void (*backward_masked)(int64_t n, C* s, C* dp, C log_sum_exp, C delta);
   /// Scores of keys of other documents become -inf.
   void (*hide_others)(int64_t n, const int32_t* number, int32_t own, C* s);
 };
@@ -265,12 +266,12 @@ struct ScoreRows {
     largest = top;                                                                        \
     return shrink;                                                                        \
   }                                                                                       \
-  template <class C>                                                                      \
+  template <class C, bool masked>                                                         \
   target void backward_row_##name(int64_t n, C* s, C* dp, C lse, C delta) {               \
     constexpr C infinity = std::numeric_limits<C>::infinity();                            \
     KNOCK_SIMD                                                                            \
     for (int64_t j = 0; j < n; ++j) {                                                     \
-      const bool hidden = s[j] == -infinity;                                              \
+      const bool hidden = masked && s[j] == -infinity;                                    \
       const C p = math::exp_down(s[j] - lse), ds = p * (dp[j] - delta);                   \
       s[j] = hidden ? C(0) : p;                                                           \
       dp[j] = hidden ? C(0) : ds;                                                         \
@@ -300,10 +301,13 @@ KNOCK_SCORE_ROWS(avx512, KNOCK_TARGET_AVX512)
 template <class C>
 ScoreRows<C> score_rows() {
 #if KNOCK_X86
-  if (isa() == Isa::avx512) return {forward_row_avx512<C>, backward_row_avx512<C>, hide_others_avx512<C>};
-  if (isa() == Isa::avx2) return {forward_row_avx2<C>, backward_row_avx2<C>, hide_others_avx2<C>};
+  if (isa() == Isa::avx512)
+    return {forward_row_avx512<C>, backward_row_avx512<C, false>, backward_row_avx512<C, true>, hide_others_avx512<C>};
+  if (isa() == Isa::avx2)
+    return {forward_row_avx2<C>, backward_row_avx2<C, false>, backward_row_avx2<C, true>, hide_others_avx2<C>};
 #endif
-  return {forward_row_portable<C>, backward_row_portable<C>, hide_others_portable<C>};
+  return {forward_row_portable<C>, backward_row_portable<C, false>, backward_row_portable<C, true>,
+          hide_others_portable<C>};
 }
 
 /// What forward and backward share: shapes, tiles and products of small blocks. C is the type of the arithmetic.
@@ -525,8 +529,8 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
           C *const p_row = p_strip + r * key_tile, *const ds_row = ds_strip + r * key_tile;
           if (!own.empty()) {
             if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
-            a.rows.backward(own.size(), p_row + own.begin - start, ds_row + own.begin - start, log_sum_exp[i],
-                            delta[i]);
+            (masked ? a.rows.backward_masked : a.rows.backward)(own.size(), p_row + own.begin - start,
+                                                                ds_row + own.begin - start, log_sum_exp[i], delta[i]);
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});
