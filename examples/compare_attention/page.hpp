@@ -9,13 +9,13 @@
 
 namespace compare {
 
-inline std::string to_html(const std::vector<std::vector<std::string>>& columns) {
+inline std::string to_html(const Table& table) {
   std::string out = "<div class=\"wide\"><table>\n";
-  for (std::size_t row = 0; row < row_names.size(); ++row) {
+  for (std::size_t row = 0; row < table.size(); ++row) {
     out += "<tr>";
-    for (std::size_t i = 0; i < columns.size(); ++i) {
+    for (std::size_t i = 0; i < table[row].size(); ++i) {
       const char* tag = row == 0 || i == 0 ? "th" : "td";
-      out += text("<", tag, ">", train::escape(columns[i][row]), "</", tag, ">");
+      out += text("<", tag, ">", train::escape(table[row][i]), "</", tag, ">");
     }
     out += "</tr>\n";
   }

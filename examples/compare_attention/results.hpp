@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -15,6 +16,8 @@
 namespace compare {
 
 using namespace knock;
+
+using Evaluation = train::RunHistory::Evaluation;
 
 /// All that is known of a variant.
 struct Result {
@@ -39,6 +42,16 @@ struct Result {
   std::vector<double> each(F&& value) const {
     std::vector<double> out;
     for (const train::RunHistory& run : runs) out.push_back(value(run));
+    return out;
+  }
+  /// What each run's last evaluation says.
+  std::vector<double> last(double Evaluation::*value) const {
+    return each([value](const train::RunHistory& run) { return run.evaluations.back().*value; });
+  }
+  std::vector<train::Spike> spikes() const {
+    std::vector<train::Spike> out;
+    for (const train::RunHistory& run : runs)
+      for (const train::Spike& spike : train::find_spikes(run.loss)) out.push_back(spike);
     return out;
   }
 };
@@ -90,31 +103,19 @@ inline const Result* plain_of(const Result& result, const std::vector<Result>& a
   return nullptr;
 }
 
-/// The change of the validation loss by the knocks, seed by seed, and the paper's.
-inline std::vector<std::string> knock_changes(const Result& result, const std::vector<Result>& all) {
-  const models::MoeLmConfig& model = result.config.model;
-  const PaperFigure* paper = paper_figure(model.attention, model.knock);
+/// The change of the validation loss by the knocks, seed by seed.
+inline std::string knock_change(const Result& result, const std::vector<Result>& all) {
   const Result* plain = plain_of(result, all);
-  std::vector<double> change;
-  for (std::size_t i = 0; plain && i < result.runs.size(); ++i)
-    change.push_back(result.runs[i].evaluations.back().loss - plain->runs[i].evaluations.back().loss);
-  return {plain ? summary(change, "%+.4f") : "", paper ? format("%+.3f", paper->knocked - paper->plain) : ""};
+  if (!plain) return "";
+  std::vector<double> change = result.last(&Evaluation::loss);
+  const std::vector<double> before = plain->last(&Evaluation::loss);
+  for (std::size_t i = 0; i < change.size(); ++i) change[i] -= before[i];
+  return summary(change, "%+.4f");
 }
 
-/// Count, height and length of the spikes of all seeds.
-inline std::vector<std::string> spike_cells(const Result& result) {
-  std::size_t count = 0;
-  double height = 0;
-  int64_t length = 0;
-  for (const train::RunHistory& run : result.runs) {
-    for (const train::Spike& spike : train::find_spikes(run.loss)) {
-      ++count;
-      height = std::max(height, spike.height);
-      length = std::max(length, spike.length);
-    }
-  }
-  if (count == 0) return {"0", "", ""};
-  return {text(count), format("%.3f", height), text(length)};
+inline std::string paper_change(const Result& result) {
+  const PaperFigure* paper = paper_figure(result.config.model.attention, result.config.model.knock);
+  return paper ? format("%+.3f", paper->knocked - paper->plain) : "";
 }
 
 /// The price of a step of the variant where it is least.
@@ -125,48 +126,58 @@ double least(const std::vector<Result>& all, Price&& price) {
   return out;
 }
 
-inline const std::vector<std::string> row_names = {"",
-                                                   "bits per byte, held-out text",
-                                                   "loss there, nats a token",
-                                                   "  change by the knock",
-                                                   "  paper's change (training)",
-                                                   "loss spikes, all seeds",
-                                                   "  highest, nats",
-                                                   "  longest, steps",
-                                                   "parameters",
-                                                   "training MFLOP a token",
-                                                   "cache bytes a token (bf16)",
-                                                   "seconds of training",
-                                                   "seconds a step, median",
-                                                   "training loss, equal FLOPs",
-                                                   "training loss, equal seconds"};
+/// A line of the table: what it is called, and what it says of a variant.
+struct Row {
+  const char* name;
+  std::function<std::string(const Result&)> cell;
+};
 
-/// Columns of cells: the names of the rows, then one a variant.
-inline std::vector<std::vector<std::string>> make_table(const std::vector<Result>& all) {
-  std::vector<std::vector<std::string>> columns = {row_names};
+inline std::vector<Row> table_rows(const std::vector<Result>& all) {
   const auto steps = static_cast<double>(all[0].runs[0].loss.size());
   const double flops = steps * least(all, [](const Result& r) { return r.step_flops(); });
   const double seconds = steps * least(all, [](const Result& r) { return r.step_seconds(); });
-  for (const Result& result : all) {
-    const models::ModelCost cost = result.cost();
-    const auto final_of = [](double train::RunHistory::Evaluation::*value) {
-      return [value](const train::RunHistory& run) { return run.evaluations.back().*value; };
+  const auto largest_spike = [](const char* pattern, auto train::Spike::*member) {
+    return [=](const Result& r) {
+      const std::vector<train::Spike> spikes = r.spikes();
+      const auto less = [=](const train::Spike& a, const train::Spike& b) { return a.*member < b.*member; };
+      const auto largest = std::max_element(spikes.begin(), spikes.end(), less);
+      return largest == spikes.end() ? "" : format(pattern, static_cast<double>((*largest).*member));
     };
-    std::vector<std::string> column = {
-        result.name, summary(result.each(final_of(&train::RunHistory::Evaluation::bits_per_byte)), "%.4f"),
-        summary(result.each(final_of(&train::RunHistory::Evaluation::loss)), "%.4f")};
-    for (const std::string& cell : knock_changes(result, all)) column.push_back(cell);
-    for (const std::string& cell : spike_cells(result)) column.push_back(cell);
-    column.push_back(text(cost.parameters));
-    column.push_back(format("%.3f", cost.training_flops_per_token / 1e6));
-    column.push_back(text(2 * cost.cache_numbers_per_token));
-    column.push_back(summary(result.each(total_seconds), "%.1f"));
-    column.push_back(format("%.3f", result.step_seconds()));
-    column.push_back(summary(loss_within(flops, result, result.step_flops()), "%.4f"));
-    column.push_back(summary(loss_within(seconds, result, result.step_seconds()), "%.4f"));
-    columns.push_back(std::move(column));
+  };
+  return {
+      {"", [](const Result& r) { return r.name; }},
+      {"bits per byte, held-out text",
+       [](const Result& r) { return summary(r.last(&Evaluation::bits_per_byte), "%.4f"); }},
+      {"loss there, nats a token", [](const Result& r) { return summary(r.last(&Evaluation::loss), "%.4f"); }},
+      {"  change by the knock", [&all](const Result& r) { return knock_change(r, all); }},
+      {"  paper's change (training)", paper_change},
+      {"loss spikes, all seeds", [](const Result& r) { return text(r.spikes().size()); }},
+      {"  highest, nats", largest_spike("%.3f", &train::Spike::height)},
+      {"  longest, steps", largest_spike("%.0f", &train::Spike::length)},
+      {"parameters", [](const Result& r) { return text(r.cost().parameters); }},
+      {"training MFLOP a token",
+       [](const Result& r) { return format("%.3f", r.cost().training_flops_per_token / 1e6); }},
+      {"cache bytes a token (bf16)", [](const Result& r) { return text(2 * r.cost().cache_numbers_per_token); }},
+      {"seconds of training", [](const Result& r) { return summary(r.each(total_seconds), "%.1f"); }},
+      {"seconds a step, median", [](const Result& r) { return format("%.3f", r.step_seconds()); }},
+      {"training loss, equal FLOPs",
+       [flops](const Result& r) { return summary(loss_within(flops, r, r.step_flops()), "%.4f"); }},
+      {"training loss, equal seconds",
+       [seconds](const Result& r) { return summary(loss_within(seconds, r, r.step_seconds()), "%.4f"); }},
+  };
+}
+
+/// Lines of cells: a name, then one cell a variant.
+using Table = std::vector<std::vector<std::string>>;
+
+inline Table make_table(const std::vector<Result>& all) {
+  Table table;
+  for (const Row& row : table_rows(all)) {
+    std::vector<std::string> line = {row.name};
+    for (const Result& result : all) line.push_back(row.cell(result));
+    table.push_back(std::move(line));
   }
-  return columns;
+  return table;
 }
 
 /// Columns that a terminal needs for a text.
@@ -176,15 +187,15 @@ inline std::size_t width(const std::string& words) {
 }
 
 /// The table for a terminal, four variants side by side.
-inline std::string to_text(const std::vector<std::vector<std::string>>& columns) {
+inline std::string to_text(const Table& table) {
   std::string out;
-  for (std::size_t begin = 1; begin < columns.size(); begin += 4) {
-    const std::size_t end = std::min(begin + 4, columns.size());
-    for (std::size_t row = 0; row < row_names.size(); ++row) {
-      std::string line = row_names[row];
+  for (std::size_t begin = 1; begin < table[0].size(); begin += 4) {
+    const std::size_t end = std::min(begin + 4, table[0].size());
+    for (const std::vector<std::string>& cells : table) {
+      std::string line = cells[0];
       for (std::size_t i = begin, at = 30; i < end; ++i, at += 20) {
         line.append(at > width(line) ? at - width(line) : 1, ' ');
-        line += columns[i][row];
+        line += cells[i];
       }
       line.erase(line.find_last_not_of(' ') + 1);
       out += line + "\n";
