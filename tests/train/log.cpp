@@ -3,10 +3,13 @@
 
 #include <knock/core/error.hpp>
 #include <knock/io/file.hpp>
+#include <knock/train/chart.hpp>
 #include <knock/train/curves.hpp>
 #include <knock/train/log.hpp>
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include <doctest/doctest.h>
 
@@ -50,6 +53,20 @@ TEST_CASE("log: lines_up_to keeps what belongs to the steps that are done") {
   CHECK(train::lines_up_to(folder / "nowhere", 5, true) == "");
 }
 
+TEST_CASE("log: read_history gives losses and evaluations") {
+  const test::TemporaryFolder folder;
+  const std::string log = step_line + second_line + "{\"step\":2,\"val_loss\":4.5,\"val_bpb\":2.25}\n" +
+                          "{\"step\":2,\"sample\":\"a\"}\nnot json\n{\"step\":3,\"lo";
+  const train::RunHistory history = train::read_history(folder.write("log.jsonl", log));
+  CHECK(history.loss == std::vector<double>{5.5, 5.0});
+  CHECK(history.step_s == std::vector<double>{0.1, 0.1});
+  REQUIRE(history.evaluations.size() == 1);
+  CHECK(history.evaluations[0].step == 2);
+  CHECK(history.evaluations[0].loss == 4.5);
+  CHECK(history.evaluations[0].bits_per_byte == 2.25);
+  CHECK_THROWS_AS(train::read_history(folder / "nowhere"), Error);
+}
+
 TEST_CASE("log: printable") {
   CHECK(train::printable("a\tb\nc\xc3\xa9") == "a\tb\nc\xc3\xa9");
   CHECK(train::printable("\x1b[31m\x7f") == "\xef\xbf\xbd[31m\xef\xbf\xbd");
@@ -78,6 +95,22 @@ TEST_CASE("curves: odd lines are passed over") {
       "{\"step\":3,\"load_entropy\":7}\n{\"step\":3,\"load_entropy\":[null,\"x\"]}\n{\"step\":3,\"sample\":4}\n"
       "{\"step\":\"x\",\"sample\":\"lost\"}\n\xff\xfe\n{\"step\":4,\"lo";
   CHECK(page_of(odd + "\n" + step_line + second_line) == page_of(step_line + second_line));
+}
+
+TEST_CASE("chart: a legend of the curves that have names, an axis of its own, means of neighbours") {
+  const std::vector<std::pair<double, double>> points = {{0, 1}, {1, 3}, {2, 5}, {3, 9}};
+  CHECK(train::thinned(points, 2) == std::vector<std::pair<double, double>>{{0.5, 2}, {2.5, 7}});
+  CHECK(train::thinned(points, 4) == points);
+  const std::string svg = train::figure(
+      {"A < B", "", {{"one", "red", points}, {"", "blue", points, false, true}, {"none", "x", {}}}, "seconds"});
+  CHECK(count(svg, "<polyline") == 2);
+  CHECK(count(svg, "class='faint'") == 1);
+  CHECK(count(svg, "&#9632;") == 1);
+  CHECK(count(svg, "one <b>9</b>") == 1);
+  CHECK(count(svg, ">seconds</text>") == 1);
+  CHECK(count(svg, "A &lt; B") == 2);
+  CHECK(train::figure({"empty", "", {{"none", "x", {}}}}) == "");
+  CHECK(train::page("a & b", "<p>body</p>").find("knock: a &amp; b</title>") != std::string::npos);
 }
 
 TEST_CASE("curves: empty, single, equal and huge values end in a page too") {
