@@ -87,7 +87,9 @@ inline std::string make_page(const std::vector<Result>& all, const train::Config
            "starts as the plain one. ± is the standard deviation over the seeds.</p>\n");
   body += to_html(make_table(all));
   body +=
-      "<p>Change by the knock: loss on the held-out text less that of the same kind without knocks, seed by seed. A "
+      "<p>Change by the knock: the loss less that of the same kind without knocks, seed by seed; the paper gives "
+      "training "
+      "losses. A "
       "loss spike is a run of steps whose loss exceeds the median of the last 128 steps by more than 6 times their "
       "median absolute deviation; its height is the excess. The losses at equal FLOPs and equal seconds are means over "
       "a tenth of the steps, the last ones before the cheapest or fastest variant ends: a dearer one has not finished "

@@ -103,12 +103,13 @@ inline const Result* plain_of(const Result& result, const std::vector<Result>& a
   return nullptr;
 }
 
-/// The change of the validation loss by the knocks, seed by seed.
-inline std::string knock_change(const Result& result, const std::vector<Result>& all) {
+/// The change of losses_of(result) by the knocks, seed by seed.
+template <class F>
+std::string knock_change(const Result& result, const std::vector<Result>& all, F&& losses_of) {
   const Result* plain = plain_of(result, all);
   if (!plain) return "";
-  std::vector<double> change = result.last(&Evaluation::loss);
-  const std::vector<double> before = plain->last(&Evaluation::loss);
+  std::vector<double> change = losses_of(result);
+  const std::vector<double> before = losses_of(*plain);
   for (std::size_t i = 0; i < change.size(); ++i) change[i] -= before[i];
   return summary(change, "%+.4f");
 }
@@ -136,6 +137,8 @@ inline std::vector<Row> table_rows(const std::vector<Result>& all) {
   const auto steps = static_cast<double>(all[0].runs[0].loss.size());
   const double flops = steps * least(all, [](const Result& r) { return r.step_flops(); });
   const double seconds = steps * least(all, [](const Result& r) { return r.step_seconds(); });
+  const auto held_out = [](const Result& r) { return r.last(&Evaluation::loss); };
+  const auto training = [steps](const Result& r) { return loss_within(steps, r, 1); };
   const auto largest_spike = [](const char* pattern, auto train::Spike::*member) {
     return [=](const Result& r) {
       const std::vector<train::Spike> spikes = r.spikes();
@@ -148,9 +151,11 @@ inline std::vector<Row> table_rows(const std::vector<Result>& all) {
       {"", [](const Result& r) { return r.name; }},
       {"bits per byte, held-out text",
        [](const Result& r) { return summary(r.last(&Evaluation::bits_per_byte), "%.4f"); }},
-      {"loss there, nats a token", [](const Result& r) { return summary(r.last(&Evaluation::loss), "%.4f"); }},
-      {"  change by the knock", [&all](const Result& r) { return knock_change(r, all); }},
-      {"  paper's change (training)", paper_change},
+      {"loss there, nats a token", [=](const Result& r) { return summary(held_out(r), "%.4f"); }},
+      {"  change by the knock", [=, &all](const Result& r) { return knock_change(r, all, held_out); }},
+      {"training loss, last tenth", [=](const Result& r) { return summary(training(r), "%.4f"); }},
+      {"  change by the knock", [=, &all](const Result& r) { return knock_change(r, all, training); }},
+      {"  the paper's", paper_change},
       {"loss spikes, all seeds", [](const Result& r) { return text(r.spikes().size()); }},
       {"  highest, nats", largest_spike("%.3f", &train::Spike::height)},
       {"  longest, steps", largest_spike("%.0f", &train::Spike::length)},
