@@ -48,17 +48,14 @@ TEST_CASE("train_lm: --help and --dry-run") {
 
 TEST_CASE("train_lm: every kind of attention trains, is resumed and generates, with documents kept apart too") {
   const TinyTraining tiny;
-  for (const auto& [kind, knock] : std::vector<std::pair<std::string, std::string>>{{"mha", "mlp"},
-                                                                                    {"mqa", "gate"},
-                                                                                    {"gta", "mlp"},
-                                                                                    {"mla", "linear"},
-                                                                                    {"gla2", "linear"},
-                                                                                    {"moa", "mlp"},
-                                                                                    {"talking_heads", "mlp"},
-                                                                                    {"hydra", "none"}}) {
+  const std::vector<std::pair<std::string, std::string>> kinds = {
+      {"mha", "mlp"},     {"mqa", "gate"}, {"gta", "mlp"},           {"mla", "linear"},
+      {"gla2", "linear"}, {"moa", "mlp"},  {"talking_heads", "mlp"}, {"hydra", "none"}};
+  for (const auto& entry : kinds) {
+    const std::string& kind = entry.first;
     INFO(kind);
     check_success(
-        tiny.train("--train.document_mask=true --model.attention=" + kind + " --model.knock.v=" + knock, kind));
+        tiny.train("--train.document_mask=true --model.attention=" + kind + " --model.knock.v=" + entry.second, kind));
     check_success(tiny.resume("--train.steps=8", kind));
     check_success(tiny.generate("--prompt Emma", kind));
   }
