@@ -63,7 +63,7 @@ class Attention : public Module {
 
   explicit Attention(const AttentionOptions& options) : options_(resolved(options)) {}
 
-  void check_input(const Tensor& x) const;
+  void check_input(const Tensor& x, const AttentionInputs& inputs) const;
   /// A knock registered under `name`; null for Knock::none.
   std::unique_ptr<KnockLayer> make_knock(const char* name, Knock kind, int64_t dim);
   /// The positions given, or those that continue the cache.
@@ -71,7 +71,7 @@ class Attention : public Module {
   /// RoPE on the leading features of x (B, H, T, D); all of them unless the options say less.
   Tensor rotate(const Tensor& x, const Tensor& positions) const;
   /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them.
-  Seen with_past(const Tensors& parts, const AttentionInputs& inputs) const;
+  static Seen with_past(const Tensors& parts, const AttentionInputs& inputs);
   /// `documents` as (B, T), checked; undefined without.
   static Tensor documents_of(const AttentionInputs& inputs, int64_t batch, int64_t tokens);
   /// Causal, window and document mask.
@@ -152,9 +152,11 @@ KNOCK_FUNC void KvCache::set_state(Tensors state, int64_t new_tokens) {
 
 KNOCK_FUNC Tensor Attention::auxiliary_loss() const { return {}; }
 
-KNOCK_FUNC void Attention::check_input(const Tensor& x) const {
+KNOCK_FUNC void Attention::check_input(const Tensor& x, const AttentionInputs& inputs) const {
   check(x.rank() == 3 && x.size(2) == options_.hidden, "attention", "expected x (B, T, ", options_.hidden, "), got ",
         x);
+  check(options_.causal || !inputs.cache, "attention",
+        "a cache is for causal attention: earlier outputs depend on later tokens here");
 }
 
 KNOCK_FUNC std::unique_ptr<KnockLayer> Attention::make_knock(const char* name, Knock kind, int64_t dim) {
@@ -187,11 +189,10 @@ KNOCK_FUNC Tensor Attention::documents_of(const AttentionInputs& inputs, int64_t
   return documents.expand({batch, tokens});
 }
 
-KNOCK_FUNC Attention::Seen Attention::with_past(const Tensors& parts, const AttentionInputs& inputs) const {
+KNOCK_FUNC Attention::Seen Attention::with_past(const Tensors& parts, const AttentionInputs& inputs) {
   const int64_t batch = parts[0].size(0), tokens = parts[0].size(2);
   Seen out{parts, documents_of(inputs, batch, tokens)};
   if (!inputs.cache) return out;
-  check(options_.causal, "attention", "a cache is for causal attention: earlier outputs depend on later tokens here");
   if (out.documents.defined()) out.parts.push_back(out.documents.reshape({batch, 1, tokens, 1}));
   out.parts = inputs.cache->append(out.parts);
   if (!out.documents.defined()) return out;

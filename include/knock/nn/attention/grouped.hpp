@@ -59,7 +59,7 @@ KNOCK_FUNC GroupedAttention::GroupedAttention(const AttentionOptions& options)
 }
 
 KNOCK_FUNC Tensor GroupedAttention::forward(const Tensor& x, const AttentionInputs& inputs) {
-  check_input(x);
+  check_input(x, inputs);
   const Tensor positions = positions_of(x, inputs);
   const int64_t dim = options_.head_dim;
   Tensor q = split_heads(q_proj(x), dim);  // (B, T, Hq, D)

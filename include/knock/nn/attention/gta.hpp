@@ -48,7 +48,7 @@ KNOCK_FUNC GtaAttention::GtaAttention(const AttentionOptions& options)
 }
 
 KNOCK_FUNC Tensor GtaAttention::forward(const Tensor& x, const AttentionInputs& inputs) {
-  check_input(x);
+  check_input(x, inputs);
   const Tensor positions = positions_of(x, inputs);
   const int64_t dim = options_.head_dim, rope_dim = options_.rope_dim, tied = dim - rope_dim;
   Tensor q = split_heads(q_proj(x), dim);  // (B, T, Hq, D)

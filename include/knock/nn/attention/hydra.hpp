@@ -92,7 +92,7 @@ KNOCK_FUNC Tensor HydraAttention::sums(const Tensor& products, const Tensor& doc
 }
 
 KNOCK_FUNC Tensor HydraAttention::forward(const Tensor& x, const AttentionInputs& inputs) {
-  check_input(x);
+  check_input(x, inputs);
   const int64_t batch = x.size(0), tokens = x.size(1);
   const Tensor documents = documents_of(inputs, batch, tokens);
   const auto directed = [](const Tensor& y) { return y / sqrt(sum(square(y), {-1}, true)); };
@@ -100,7 +100,6 @@ KNOCK_FUNC Tensor HydraAttention::forward(const Tensor& x, const AttentionInputs
   const Tensor q = directed(q_proj(x).to(precise)), k = directed(k_proj(x).to(precise));  // (B, T, C)
   Tensor products = k * v_proj(x).to(precise);
   if (inputs.cache) {
-    check(options_.causal, "attention", "a cache is for causal attention: earlier outputs depend on later tokens here");
     const Tensors& past = inputs.cache->state();  // the sum (B, 1, C), and its document (B, 1)
     check(past.empty() || past[0].size(0) == batch, "KvCache", "holds another batch than ", batch, "; clear it first");
     check(past.empty() || past.size() == (documents.defined() ? 2U : 1U), "KvCache",

@@ -97,7 +97,7 @@ KNOCK_FUNC MlaAttention::MlaAttention(const AttentionOptions& options, int64_t l
 }
 
 KNOCK_FUNC Tensor MlaAttention::forward(const Tensor& x, const AttentionInputs& inputs) {
-  check_input(x);
+  check_input(x, inputs);
   const Tensor positions = positions_of(x, inputs);
   const int64_t nope = options_.nope_dim, rope_dim = options_.rope_dim;
   const Tensor projected =

@@ -78,7 +78,7 @@ KNOCK_FUNC MoaAttention::MoaAttention(const AttentionOptions& options)
 }
 
 KNOCK_FUNC Tensor MoaAttention::forward(const Tensor& x, const AttentionInputs& inputs) {
-  check_input(x);
+  check_input(x, inputs);
   const Tensor positions = positions_of(x, inputs);
   const int64_t batch = x.size(0), count = x.size(1), dim = options_.head_dim, chosen = options_.top_k;
   const DType dtype = x.dtype(), precise = dtype == DType::f64 ? DType::f64 : DType::f32;
