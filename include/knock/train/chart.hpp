@@ -69,6 +69,7 @@ inline constexpr std::string_view page_style = R"(
   figcaption { font-weight: 600; }
   svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: currentColor; }
   polyline { stroke-width: 1.6; stroke-linejoin: round; } .grid { stroke: var(--line); }
+  .entry { white-space: nowrap; }
   .faint { stroke-width: 1; opacity: .5; }
   table { border-collapse: collapse; margin: 1rem 0; } caption { text-align: left; font-weight: 600; white-space: nowrap; }
   th, td { padding: .2rem .8rem .2rem 0; text-align: left; white-space: pre; border-bottom: 1px solid var(--line); }
@@ -166,11 +167,11 @@ KNOCK_FUNC std::string figure(Chart chart) {
     if (curve.points.empty()) continue;
     curves += detail::draw_curve(frame, curve);
     if (!curve.name.empty())
-      legend += text("<span style='color:", curve.color, "'>&#9632;</span> ", escape(curve.name), " <b>",
-                     short_number(curve.points.back().second), "</b> ");
+      legend += text("<span class='entry'><span style='color:", curve.color, "'>&#9632;</span> ", escape(curve.name),
+                     " <b>", short_number(curve.points.back().second), "</b></span> ");
   }
   const std::string unit = chart.unit.empty() ? "" : " <small>" + escape(chart.unit) + "</small>";
-  return text("<figure><figcaption>", escape(chart.title), unit, "</figcaption><svg viewBox='0 0 640 300' role='img' ",
+  return text("<figure><figcaption>", escape(chart.title), unit, "</figcaption><svg viewBox='0 0 655 300' role='img' ",
               "aria-label='", escape(chart.title), "'>", detail::draw_axes(frame, chart.x_axis), curves, "</svg><p>",
               legend, "</p></figure>\n");
 }
