@@ -62,7 +62,7 @@ inline double peak_gflops() {
   float (*run)(int64_t, const volatile float*) = multiply_adds_portable;
 #if KNOCK_X86
   if (isa == Isa::avx2) run = multiply_adds_avx2, flop_per_step = 2.0 * 12 * 8;
-  if (isa == Isa::avx512) run = multiply_adds_avx512, flop_per_step = 2.0 * 24 * 16;
+  if (isa >= Isa::avx512) run = multiply_adds_avx512, flop_per_step = 2.0 * 24 * 16;
 #endif
   constexpr int64_t steps = 2000000;
   const int threads = knock::num_threads();

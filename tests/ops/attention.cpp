@@ -78,7 +78,7 @@ TEST_CASE("attention: fused equals composite, value and gradients") {
 
 TEST_CASE("attention: every instruction set agrees with the composite") {
   const cpu::Isa before = cpu::isa();
-  for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
+  for (const cpu::Isa isa : cpu::all_isas) {
     if (isa > cpu::machine_isa()) continue;
     cpu::set_isa(isa);
     manual_seed(2);
@@ -252,7 +252,7 @@ TEST_CASE("attention: documents, fused equals composite, value and gradients") {
 
 TEST_CASE("attention: documents, every instruction set agrees with the composite") {
   const cpu::Isa before = cpu::isa();
-  for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
+  for (const cpu::Isa isa : cpu::all_isas) {
     if (isa > cpu::machine_isa()) continue;
     cpu::set_isa(isa);
     manual_seed(12);

@@ -61,7 +61,7 @@ TEST_CASE("matmul: exact on integers, every instruction set, dtype and layout, a
   const int64_t shapes[][3] = {{1, 1, 1},     {1, 33, 257}, {2, 31, 16},  {3, 5, 7},     {13, 32, 256},
                                {14, 64, 255}, {15, 65, 1},  {29, 1, 300}, {113, 48, 64}, {225, 17, 513},
                                {560, 40, 30}, {4, 1030, 9}, {1, 4, 1000}, {500, 2, 100}, {64, 64, 9000}};
-  for (const cpu::Isa isa : {cpu::Isa::portable, cpu::Isa::avx2, cpu::Isa::avx512}) {
+  for (const cpu::Isa isa : cpu::all_isas) {
     if (isa > cpu::machine_isa()) continue;
     cpu::set_isa(isa);
     for (const auto& extents : shapes)

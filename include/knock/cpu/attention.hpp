@@ -301,7 +301,7 @@ KNOCK_SCORE_ROWS(avx512, KNOCK_TARGET_AVX512)
 template <class C>
 ScoreRows<C> score_rows() {
 #if KNOCK_X86
-  if (isa() == Isa::avx512)
+  if (isa() >= Isa::avx512)
     return {forward_row_avx512<C>, backward_row_avx512<C, false>, backward_row_avx512<C, true>, hide_others_avx512<C>};
   if (isa() == Isa::avx2)
     return {forward_row_avx2<C>, backward_row_avx2<C, false>, backward_row_avx2<C, true>, hide_others_avx2<C>};

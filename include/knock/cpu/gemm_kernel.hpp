@@ -162,7 +162,7 @@ const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
                                           128 / bytes,
                                           {micro_avx512<T, i + 1>...},
                                           {dot_avx512<T, 1>, dot_avx512<T, 2>, dot_avx512<T, 3>, dot_avx512<T, 4>}};
-  if (isa == Isa::avx512) return avx512;
+  if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
   return portable;
