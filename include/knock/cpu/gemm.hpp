@@ -21,6 +21,7 @@ void gemm(double alpha, const Array& a, const Array& b, double beta, const Array
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_GEMM)
 #include <knock/core/parallel.hpp>
 #include <knock/core/storage.hpp>
+#include <knock/cpu/gemm_thin.hpp>
 #include <knock/cpu/gemm_tile.hpp>
 
 namespace knock::cpu {
@@ -101,34 +102,10 @@ void gemm_long(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matr
     }
 }
 
-/// At most 4 rows, and b contiguous along k: dot products that read b once, where it lies.
-template <class C>
-void gemm_thin(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const C> a, Matrix<const C> b, C beta,
-               Matrix<const C> c, Matrix<C> out) {
-  const DotKernel<C> dot = micro_kernels<C>().dot[m - 1];
-  parallel_for((n + 3) / 4, std::max<int64_t>(16384 / (k + 1), 1), [&](int64_t begin, int64_t end) {
-    for (int64_t four = begin; four < end; ++four) {
-      const int64_t first = std::min(four * 4, std::max<int64_t>(n - 4, 0)), cols = std::min<int64_t>(4, n);
-      C sums[16];
-      dot(k, a.data, a.row_stride, b.data + first * b.col_stride, cols < 4 ? 0 : b.col_stride, sums);
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = four * 4 - first; j < cols; ++j) {
-          if (cols < 4) dot(k, a.data, a.row_stride, b.data + j * b.col_stride, 0, sums);
-          out(i, first + j) = alpha * sums[i * 4 + j] + (beta != 0 ? beta * c(i, first + j) : C(0));
-        }
-    }
-  });
-}
-
 /// One matrix after the other; each over all threads.
 template <class T, class C>
 void gemm_large(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
                 Matrix<const T> c, Matrix<T> out) {
-  if constexpr (std::is_same_v<T, C>) {
-    const bool along_k = a.col_stride == 1 && b.row_stride == 1 && k > 1;
-    if (along_k && m <= 4) return gemm_thin(m, n, k, alpha, a, b, beta, c, out);
-    if (along_k && n <= 4) return gemm_thin(n, m, k, alpha, b.t(), a.t(), beta, c.t(), out.t());
-  }
   const Tiling tiles = tile<C>(m, n);
   if (tiles.count() <= 8 && k >= 4096) return gemm_long<T, C>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
@@ -181,6 +158,7 @@ KNOCK_FUNC void gemm(double alpha, const Array& a_in, const Array& b_in, double 
       run(m, n, k, scale, detail::batch_matrix<const T>(a, i), detail::batch_matrix<const T>(b, i), keep,
           detail::batch_matrix<const T>(c, i), detail::batch_matrix<T>(out, i));
     };
+    if (detail::gemm_thin<T>(batch, operands)) return;
     const int64_t work = m * n * k;
     if (m <= 112 && (batch > 1 || work < 32 * 32 * 32)) {  // small matrices: several to a task
       parallel_for(batch, std::max<int64_t>(1, 64 * 64 * 64 * 4 / std::max<int64_t>(work, 1)),

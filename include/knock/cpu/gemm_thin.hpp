@@ -1,0 +1,377 @@
+#pragma once
+// Products with few rows, out (m, n) = alpha a b + beta c, as fast as memory gives b: what decoding is made of.
+//
+// b is read once, where it lies; nothing is packed. a, which is small, is brought into one form first. Two loops:
+//
+//   b contiguous along k (x W^T)   4 columns of b at a time, as dot products with up to 4 rows of a
+//   b contiguous along n (x W)     4 rows of b at a time, each times its factor of a, added to up to 4 rows of results
+//                                  that stay in the L1 cache
+//
+// bf16 becomes f32 in registers, or is multiplied by AVX512-BF16's dot products of pairs. Every column is made by the
+// same sums whatever its neighbours and the thread: the bits depend on the shape alone.
+//
+// For kernels to build on: included in their bodies only.
+
+#include <knock/core/parallel.hpp>
+#include <knock/cpu/gemm_tile.hpp>
+
+namespace knock::cpu {
+
+/// Dot products of r rows of a with 4 columns of b, both contiguous along k: sums[i * 4 + j] = sum_p a(i, p) b(p, j)
+/// where a(i, p) is a[i * a_row + p] and b(p, j) is b[j * b_col + p]. a holds bf16 where `narrow`, else compute_t<T>.
+template <class T>
+using ThinDot = void (*)(int64_t k, const void* a, int64_t a_row, const T* b, int64_t b_col, compute_t<T>* sums);
+
+/// out(i, j) += sum_p a(i, p) b(p, j) for r rows, where b(p, j) is b[p * b_row + j] and out(i, j) out[i * out_row + j].
+template <class T>
+using ThinAdd = void (*)(int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row,
+                         compute_t<T>* out, int64_t out_row);
+
+/// The kernels of one instruction set, for 1 to 4 rows.
+template <class T>
+struct ThinKernels {
+  bool narrow;
+  ThinDot<T> dot[4];
+  ThinAdd<T> add[4];
+};
+
+/// The kernels of the instruction set in use.
+const ThinKernels<float>& thin_kernels_f32();
+const ThinKernels<double>& thin_kernels_f64();
+const ThinKernels<bf16>& thin_kernels_bf16();
+template <class T>
+const ThinKernels<T>& thin_kernels() {
+  if constexpr (std::is_same_v<T, float>) {
+    return thin_kernels_f32();
+  } else if constexpr (std::is_same_v<T, double>) {
+    return thin_kernels_f64();
+  } else {
+    return thin_kernels_bf16();
+  }
+}
+
+/// Most rows of a thin product with b contiguous along k, and along n: beyond, packing b pays.
+inline constexpr int64_t thin_rows = 16, thin_add_rows = 4;
+
+/// The left operand of dot products: rows contiguous along k, in the type the kernels want.
+struct ThinLeft {
+  const void* data;
+  int64_t row_stride;  ///< in elements of that type
+};
+
+/// a (m, k) for thin_dots: itself where it is as the kernels want it, else a copy in this thread's Slot::left, which
+/// other threads may read.
+template <class T>
+ThinLeft thin_left(int64_t m, int64_t k, Matrix<const T> a) {
+  const auto copied = [&]<class To>(Type<To>) -> ThinLeft {
+    if constexpr (std::is_same_v<T, To>)
+      if (a.col_stride == 1) return {a.data, a.row_stride};
+    To* const to = thread_scratch<To>(Slot::left, m * k);
+    for (int64_t i = 0; i < m; ++i) {
+      const T* const from = a.data + i * a.row_stride;
+      if (a.col_stride == 1) {
+        KNOCK_SIMD
+        for (int64_t p = 0; p < k; ++p) to[i * k + p] = static_cast<To>(from[p]);
+      } else {
+        for (int64_t p = 0; p < k; ++p) to[i * k + p] = static_cast<To>(from[p * a.col_stride]);
+      }
+    }
+    return {to, k};
+  };
+  return thin_kernels<T>().narrow ? copied(Type<T>{}) : copied(Type<compute_t<T>>{});
+}
+
+/// Columns [begin, end) of a b on this thread, b contiguous along k: calls store(i, j, value) for each.
+template <class T, class Store>
+void thin_dots(int64_t m, int64_t k, ThinLeft a, Matrix<const T> b, int64_t begin, int64_t end, Store&& store) {
+  using C = compute_t<T>;
+  const ThinKernels<T>& kernels = thin_kernels<T>();
+  const int64_t element = kernels.narrow ? static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(sizeof(C));
+  const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 1024;  // rows of a beyond 4 come from the L1 cache
+  C sums[thin_rows * 4], part[16];
+  for (int64_t j = begin; j < end; j += 4) {
+    const int64_t cols = std::min<int64_t>(4, end - j);
+    // Fewer than 4 columns are made one at a time, as 4 equal ones.
+    for (int64_t col = 0; col < cols; col += cols < 4 ? 1 : 4) {
+      const int64_t step = cols < 4 ? 0 : b.col_stride, made = cols < 4 ? 1 : 4;
+      for (int64_t i = 0; i < m; i += 4)
+        for (int64_t p = 0; p < k || p == 0; p += depth) {
+          const int64_t rows = std::min<int64_t>(4, m - i);
+          C* const to = p == 0 ? sums + i * 4 : part;
+          kernels.dot[rows - 1](std::min(depth, k - p),
+                                static_cast<const char*>(a.data) + (i * a.row_stride + p) * element, a.row_stride,
+                                b.data + (j + col) * b.col_stride + p, step, to);
+          for (int64_t s = 0; p > 0 && s < rows * 4; ++s) sums[i * 4 + s] += part[s];
+        }
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t s = 0; s < made; ++s) store(i, j + col + s, sums[i * 4 + s]);
+    }
+  }
+}
+
+/// out (m, n) += a (m, k) b (k, n) on this thread, b contiguous along n, a along k. m is at most thin_add_rows.
+template <class T>
+void thin_add(int64_t m, int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row,
+              compute_t<T>* out, int64_t out_row) {
+  thin_kernels<T>().add[m - 1](n, k, a, a_row, b, b_row, out, out_row);
+}
+
+/// Columns that one task of a thin product makes: whole fours, at least 32 KiB of b, at most 64 tasks.
+template <class T>
+int64_t thin_task_cols(int64_t n, int64_t k) {
+  const int64_t least = 32768 / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(k, 1)), share = (n + 63) / 64;
+  return (std::max(least, share) + 3) / 4 * 4;
+}
+
+namespace detail {
+
+/// out = alpha a b + beta c, b contiguous along k.
+template <class T, class C>
+void thin_dot_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
+                      Matrix<const T> c, Matrix<T> out) {
+  const ThinLeft left = thin_left(m, k, a);
+  parallel_for(n, thin_task_cols<T>(n, k), [&](int64_t begin, int64_t end) {
+    thin_dots(m, k, left, b, begin, end, [&](int64_t i, int64_t j, C sum) {
+      out(i, j) = static_cast<T>(alpha * sum + (beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0)));
+    });
+  });
+}
+
+/// The same, b contiguous along n.
+template <class T, class C>
+void thin_add_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
+                      Matrix<const T> c, Matrix<T> out) {
+  const C* left = nullptr;
+  int64_t left_row = a.row_stride;
+  if constexpr (std::is_same_v<T, C>)
+    if (a.col_stride == 1) left = a.data;
+  if (!left) {
+    C* const to = thread_scratch<C>(Slot::left, m * k);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t p = 0; p < k; ++p) to[i * k + p] = static_cast<C>(a(i, p));
+    left = to;
+    left_row = k;
+  }
+  const int64_t width = std::clamp<int64_t>((n / 16 + 15) / 16 * 16, 64, 1024);  // 4 rows of results: at most 16 KiB
+  parallel_for(n, std::max(width, 32768 / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(k, 1)) / width * width),
+               [&](int64_t begin, int64_t end) {
+                 C* const sums = thread_scratch<C>(Slot::tile, m * width);
+                 for (int64_t j = begin; j < end; j += width) {
+                   const int64_t cols = std::min(width, end - j);
+                   std::fill(sums, sums + m * width, C(0));
+                   thin_add<T>(m, cols, k, left, left_row, b.data + j * b.col_stride, b.row_stride, sums, width);
+                   for (int64_t i = 0; i < m; ++i)
+                     for (int64_t s = 0; s < cols; ++s)
+                       out(i, j + s) = static_cast<T>(alpha * sums[i * width + s] +
+                                                      (beta != 0 ? beta * static_cast<C>(c(i, j + s)) : C(0)));
+                 }
+               });
+}
+
+template <class T, class C>
+using ThinProduct = void (*)(int64_t, int64_t, int64_t, C, Matrix<const T>, Matrix<const T>, C, Matrix<const T>,
+                             Matrix<T>);
+
+/// The loop for a product of m rows with b, null where it is not thin.
+template <class T, class C>
+ThinProduct<T, C> thin_product(int64_t m, int64_t n, int64_t k, Matrix<const T> b) {
+  if (m <= thin_rows && b.row_stride == 1 && k >= 8) return thin_dot_product<T, C>;
+  if (m <= thin_add_rows && b.col_stride == 1 && n >= 16) return thin_add_product<T, C>;
+  return nullptr;
+}
+
+/// out = alpha a b + beta c where a or b^T has few rows; false, and nothing done, where neither has.
+/// operands(i, f) calls f with the arguments of the i-th product of the batch, which differ in their addresses.
+template <class T, class Operands>
+bool gemm_thin(int64_t batch, const Operands& operands) {
+  using C = compute_t<T>;
+  ThinProduct<T, C> direct = nullptr, flipped = nullptr;
+  int64_t bytes = 0;
+  operands(
+      0, [&](int64_t m, int64_t n, int64_t k, C, Matrix<const T> a, Matrix<const T> b, C, Matrix<const T>, Matrix<T>) {
+        direct = thin_product<T, C>(m, n, k, b);
+        if (!direct && n <= 4) flipped = thin_product<T, C>(n, m, k, a.t());
+        bytes = (m + n) * k * static_cast<int64_t>(sizeof(T));
+      });
+  if (!direct && !flipped) return false;
+  parallel_for(batch, std::max<int64_t>(32768 / std::max<int64_t>(bytes, 1), 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      operands(i, [&](int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
+                      Matrix<const T> c, Matrix<T> out) {
+        if (direct) {
+          direct(m, n, k, alpha, a, b, beta, c, out);
+        } else {
+          flipped(n, m, k, alpha, b.t(), a.t(), beta, c.t(), out.t());
+        }
+      });
+  });
+  return true;
+}
+
+}  // namespace detail
+
+}  // namespace knock::cpu
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_GEMM_THIN)
+#include <cstring>
+
+namespace knock::cpu {
+namespace detail {
+
+#define KNOCK_UNROLL _Pragma("GCC unroll 4")
+
+// A vector of results from elements of b: bf16 is the upper half of an f32.
+#define KNOCK_THIN_LOAD(to, from)                                                                         \
+  if constexpr (std::is_same_v<T, C>) {                                                                   \
+    to = *reinterpret_cast<const typename Vector::Unaligned*>(from);                                      \
+  } else {                                                                                                \
+    const typename VectorOf<uint16_t, lanes* 2>::Type upper =                                             \
+        *reinterpret_cast<const typename VectorOf<uint16_t, lanes * 2>::Unaligned*>(from);                \
+    const auto bits = __builtin_convertvector(upper, typename VectorOf<uint32_t, lanes * 4>::Type) << 16; \
+    to = reinterpret_cast<typename Vector::Type>(bits);                                                   \
+  }
+
+// sums[j] = the sum of the lanes of acc[j] for 4 of them, by halves of the lanes.
+#define KNOCK_THIN_SUMS(acc, sums)                                                                      \
+  {                                                                                                     \
+    typedef C Quad __attribute__((vector_size(4 * sizeof(C))));                                         \
+    typedef C QuadAnywhere __attribute__((vector_size(4 * sizeof(C)), aligned(alignof(C)), may_alias)); \
+    alignas(64) C kept[4 * lanes];                                                                      \
+    Quad quad[4];                                                                                       \
+    KNOCK_UNROLL for (int j = 0; j < 4; ++j) {                                                          \
+      *reinterpret_cast<typename Vector::Unaligned*>(kept + j * lanes) = acc[j];                        \
+      quad[j] = *reinterpret_cast<const QuadAnywhere*>(kept + j * lanes);                               \
+      KNOCK_UNROLL for (int lane = 4; lane < lanes; lane += 4) quad[j] +=                               \
+          *reinterpret_cast<const QuadAnywhere*>(kept + j * lanes + lane);                              \
+    }                                                                                                   \
+    const Quad low01 = __builtin_shufflevector(quad[0], quad[1], 0, 4, 1, 5),                           \
+               high01 = __builtin_shufflevector(quad[0], quad[1], 2, 6, 3, 7),                          \
+               low23 = __builtin_shufflevector(quad[2], quad[3], 0, 4, 1, 5),                           \
+               high23 = __builtin_shufflevector(quad[2], quad[3], 2, 6, 3, 7), both01 = low01 + high01, \
+               both23 = low23 + high23;                                                                 \
+    const Quad even = __builtin_shufflevector(both01, both23, 0, 1, 4, 5),                              \
+               odd = __builtin_shufflevector(both01, both23, 2, 3, 6, 7);                               \
+    *reinterpret_cast<QuadAnywhere*>(sums) = even + odd;                                                \
+  }
+
+// One text, compiled once per instruction set. Dot products hold rows x 4 vectors of results, one of b and one of a.
+#define KNOCK_THIN_KERNELS(name, target, bytes)                                                                      \
+  template <class T, int rows>                                                                                       \
+  target void thin_dot_##name(int64_t k, const void* left, int64_t a_row, const T* b, int64_t b_col,                 \
+                              compute_t<T>* sums) {                                                                  \
+    using C = compute_t<T>;                                                                                          \
+    constexpr int lanes = bytes / static_cast<int>(sizeof(C)) < 4 ? 4 : bytes / static_cast<int>(sizeof(C));         \
+    using Vector = VectorOf<C, lanes* static_cast<int>(sizeof(C))>;                                                  \
+    const C* const a = static_cast<const C*>(left);                                                                  \
+    typename Vector::Type acc[rows][4] = {};                                                                         \
+    int64_t p = 0;                                                                                                   \
+    for (; p + lanes <= k; p += lanes) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {                                    \
+        typename Vector::Type column;                                                                                \
+        KNOCK_THIN_LOAD(column, b + j * b_col + p)                                                                   \
+        KNOCK_UNROLL for (int i = 0; i < rows; ++i) acc[i][j] +=                                                     \
+            *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p) * column;                        \
+      }                                                                                                              \
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_THIN_SUMS(                                                     \
+        acc[i], sums + i * 4) for (; p < k; ++p) for (int i = 0; i < rows; ++i) for (int j = 0; j < 4; ++j)          \
+        sums[i * 4 + j] += a[i * a_row + p] * static_cast<C>(b[j * b_col + p]);                                      \
+  }                                                                                                                  \
+  template <class T, int rows>                                                                                       \
+  target void thin_add_##name(int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row, \
+                              compute_t<T>* out, int64_t out_row) {                                                  \
+    using C = compute_t<T>;                                                                                          \
+    using Vector = VectorOf<C, bytes>;                                                                               \
+    constexpr int lanes = Vector::lanes;                                                                             \
+    for (int64_t p = 0; p < k; p += 4, b += 4 * b_row) {                                                             \
+      const int64_t depth = k - p < 4 ? k - p : 4;                                                                   \
+      C factor[rows][4];                                                                                             \
+      for (int i = 0; i < rows; ++i)                                                                                 \
+        for (int64_t q = 0; q < 4; ++q) factor[i][q] = q < depth ? a[i * a_row + p + q] : C(0);                      \
+      int64_t j = 0;                                                                                                 \
+      for (; depth == 4 && j + lanes <= n; j += lanes) {                                                             \
+        typename Vector::Type row[4];                                                                                \
+        KNOCK_UNROLL for (int q = 0; q < 4; ++q) KNOCK_THIN_LOAD(row[q], b + q * b_row + j)                          \
+            KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                            \
+          auto* const to = reinterpret_cast<typename Vector::Unaligned*>(out + i * out_row + j);                     \
+          typename Vector::Type sum = *to;                                                                           \
+          KNOCK_UNROLL for (int q = 0; q < 4; ++q) sum += factor[i][q] * row[q];                                     \
+          *to = sum;                                                                                                 \
+        }                                                                                                            \
+      }                                                                                                              \
+      for (int64_t q = 0; q < depth; ++q)                                                                            \
+        for (int i = 0; i < rows; ++i) {                                                                             \
+          KNOCK_SIMD                                                                                                 \
+          for (int64_t col = j; col < n; ++col)                                                                      \
+            out[i * out_row + col] += factor[i][q] * static_cast<C>(b[q * b_row + col]);                             \
+        }                                                                                                            \
+    }                                                                                                                \
+  }
+
+KNOCK_THIN_KERNELS(portable, KNOCK_TARGET_PORTABLE, 16)
+#if KNOCK_X86
+KNOCK_THIN_KERNELS(avx2, KNOCK_TARGET_AVX2, 32)
+KNOCK_THIN_KERNELS(avx512, KNOCK_TARGET_AVX512, 64)
+
+/// Both operands in bf16: products of pairs, added in f32. The last few of k are filled up with zeros.
+template <int rows>
+KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, int64_t a_row, const bf16* b,
+                                                   int64_t b_col, float* sums) {
+  using C = float;
+  constexpr int lanes = 16, step = 32;
+  using Vector = VectorOf<float, 64>;
+  typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));  // 32 bf16
+  const bf16* const a = static_cast<const bf16*>(left);
+  Vector::Type acc[rows][4] = {};
+  int64_t p = 0;
+  for (; p + step <= k; p += step) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {
+      const Vector::Type column = *reinterpret_cast<const Pairs*>(b + j * b_col + p);
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+        const Vector::Type row = *reinterpret_cast<const Pairs*>(a + i * a_row + p);
+        asm("vdpbf16ps %2, %1, %0" : "+v"(acc[i][j]) : "v"(row), "v"(column));
+      }
+    }
+  if (p < k) {
+    const auto bytes = static_cast<std::size_t>(k - p) * sizeof(bf16);
+    Vector::Type row[rows] = {}, column[4] = {};
+    for (int i = 0; i < rows; ++i) std::memcpy(&row[i], a + i * a_row + p, bytes);
+    for (int j = 0; j < 4; ++j) std::memcpy(&column[j], b + j * b_col + p, bytes);
+    KNOCK_UNROLL for (int j = 0; j < 4; ++j) KNOCK_UNROLL for (int i = 0; i < rows; ++i) asm(
+        "vdpbf16ps %2, %1, %0" : "+v"(acc[i][j]) : "v"(row[i]), "v"(column[j]));
+  }
+  KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_THIN_SUMS(acc[i], sums + i * 4)
+}
+#endif
+#undef KNOCK_THIN_KERNELS
+#undef KNOCK_THIN_SUMS
+#undef KNOCK_THIN_LOAD
+#undef KNOCK_UNROLL
+
+template <class T, int... i>
+const ThinKernels<T>& thin_kernels_of(Isa isa, std::integer_sequence<int, i...>) {
+  static constexpr ThinKernels<T> portable{false, {thin_dot_portable<T, i + 1>...}, {thin_add_portable<T, i + 1>...}};
+#if KNOCK_X86
+  static constexpr ThinKernels<T> avx2{false, {thin_dot_avx2<T, i + 1>...}, {thin_add_avx2<T, i + 1>...}};
+  static constexpr ThinKernels<T> avx512{false, {thin_dot_avx512<T, i + 1>...}, {thin_add_avx512<T, i + 1>...}};
+  if constexpr (std::is_same_v<T, bf16>) {
+    static constexpr ThinKernels<T> pairs{true, {thin_dot_avx512_bf16<i + 1>...}, {thin_add_avx512<T, i + 1>...}};
+    if (isa >= Isa::avx512_bf16) return pairs;
+  }
+  if (isa >= Isa::avx512) return avx512;
+  if (isa == Isa::avx2) return avx2;
+#endif
+  return portable;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC const ThinKernels<float>& thin_kernels_f32() {
+  return detail::thin_kernels_of<float>(isa(), std::make_integer_sequence<int, 4>());
+}
+KNOCK_FUNC const ThinKernels<double>& thin_kernels_f64() {
+  return detail::thin_kernels_of<double>(isa(), std::make_integer_sequence<int, 4>());
+}
+KNOCK_FUNC const ThinKernels<bf16>& thin_kernels_bf16() {
+  return detail::thin_kernels_of<bf16>(isa(), std::make_integer_sequence<int, 4>());
+}
+
+}  // namespace knock::cpu
+#endif
