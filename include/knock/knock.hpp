@@ -15,6 +15,7 @@
 #include <knock/core/state_dict.hpp>
 #include <knock/core/storage.hpp>
 #include <knock/core/tensor.hpp>
+#include <knock/core/trace.hpp>
 
 #include <knock/autograd/checkpoint.hpp>
 #include <knock/autograd/engine.hpp>
@@ -76,6 +77,7 @@
 #include <knock/optim/sgd.hpp>
 
 #include <knock/io/safetensors.hpp>
+#include <knock/io/trace.hpp>
 
 #include <knock/models/moe_lm.hpp>
 

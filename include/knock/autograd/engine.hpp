@@ -52,6 +52,7 @@ class BackwardPass {
 
   void run() {
     const RecordingGuard guard(recording_);
+    const trace::BackwardScope backward;
     if (!captures_.empty()) find_needed();
     while (!heap_.empty()) {
       std::pop_heap(heap_.begin(), heap_.end(), older);

@@ -239,6 +239,21 @@ struct Backend {
   void (*moe_backward)(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) = nullptr;
 };
 
+// Every entry of the table: what fills it (cpu/backend.hpp) and what names its kernels (core/trace.hpp) walk this list.
+// clang-format off
+#define KNOCK_KERNELS(X) \
+  X(fill) X(copy) X(arange) X(random) X(unary) X(unary_backward) X(binary) X(binary_scalar) X(where) X(lerp) \
+  X(reduce) X(arg_reduce) X(scan) X(recurrence) X(sort) X(topk) X(multinomial) X(gather) X(scatter) \
+  X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
+  X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(layer_norm) \
+  X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) X(nll_loss_backward) X(swiglu) \
+  X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(moe_forward) X(moe_backward)
+// clang-format on
+#define KNOCK_COUNT(name) +1
+static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),
+              "an entry of Backend is missing in KNOCK_KERNELS");
+#undef KNOCK_COUNT
+
 /// The table of a device's kind; an error when no such back-end is linked in.
 const Backend& backend(Device device);
 

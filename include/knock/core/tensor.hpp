@@ -16,6 +16,7 @@
 #include <knock/core/error.hpp>
 #include <knock/core/shape.hpp>
 #include <knock/core/storage.hpp>
+#include <knock/core/trace.hpp>
 #include <knock/fwd.hpp>
 
 #include <concepts>
@@ -282,12 +283,12 @@ Tensor from_data(std::initializer_list<T> values, const Shape& shape) {
 /// A tensor of rank 0.
 inline Tensor scalar_tensor(Scalar value, TensorOptions options = {}) { return full({}, value, options); }
 
-/// The kernel of an op on the tensor's device; an error when that device has none.
+/// The kernel of an op on the tensor's device, ready to be called; an error when that device has none.
 template <class Entry>
-Entry kernel(Entry Backend::*entry, std::string_view op, const Tensor& x) {
-  const Entry function = backend(x.device()).*entry;
-  check(function != nullptr, op, "no kernel for ", x.dtype(), " on ", x.device());
-  return function;
+trace::Call<Entry> kernel(Entry Backend::*entry, std::string_view op, const Tensor& x) {
+  const Backend& table = backend(x.device());
+  check(table.*entry != nullptr, op, "no kernel for ", x.dtype(), " on ", x.device());
+  return {table, table.*entry, op};
 }
 
 /// Error unless all tensors are on one device.

@@ -1,5 +1,5 @@
 #pragma once
-// The CPU's kernel table: one line per kernel.
+// The CPU's kernel table: an entry of KNOCK_KERNELS is the function of its name in knock::cpu.
 
 #include <knock/core/backend.hpp>
 
@@ -29,53 +29,9 @@ namespace cpu {
 KNOCK_FUNC const Backend& table() {
   static const Backend kernels = [] {
     Backend b;
-    b.fill = fill;
-    b.copy = copy;
-    b.arange = arange;
-    b.random = random;
-    b.unary = unary;
-    b.unary_backward = unary_backward;
-    b.binary = binary;
-    b.binary_scalar = binary_scalar;
-    b.where = where;
-    b.lerp = lerp;
-    b.reduce = reduce;
-    b.arg_reduce = arg_reduce;
-    b.scan = scan;
-    b.recurrence = recurrence;
-    b.sort = sort;
-    b.topk = topk;
-    b.multinomial = multinomial;
-    b.gemm = gemm;
-    b.rope = rope;
-    b.attention = attention;
-    b.attention_backward = attention_backward;
-    b.gather = gather;
-    b.scatter = scatter;
-    b.scatter_add = scatter_add;
-    b.find_outside = find_outside;
-    b.count_nonzero = count_nonzero;
-    b.nonzero = nonzero;
-    b.triangle = triangle;
-    b.moe_sort = moe_sort;
-    b.moe_forward = moe_forward;
-    b.moe_backward = moe_backward;
-    b.softmax = softmax;
-    b.softmax_backward = softmax_backward;
-    b.rms_norm = rms_norm;
-    b.rms_norm_backward = rms_norm_backward;
-    b.layer_norm = layer_norm;
-    b.layer_norm_backward = layer_norm_backward;
-    b.cross_entropy = cross_entropy;
-    b.cross_entropy_backward = cross_entropy_backward;
-    b.nll_loss = nll_loss;
-    b.nll_loss_backward = nll_loss_backward;
-    b.swiglu = swiglu;
-    b.swiglu_backward = swiglu_backward;
-    b.dropout = dropout;
-    b.adamw = adamw;
-    b.sgd = sgd;
-    b.sum_squares = sum_squares;
+#define KNOCK_ENTRY(name) b.name = name;
+    KNOCK_KERNELS(KNOCK_ENTRY)
+#undef KNOCK_ENTRY
     return b;
   }();
   return kernels;

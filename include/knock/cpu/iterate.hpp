@@ -38,11 +38,13 @@ LoopNest<K> merge_axes(const std::array<const Array*, K>& arrays) {
   const Shape& shape = arrays[0]->shape;
   int64_t order[max_rank];
   int64_t rank = 0;
-  for (int64_t i = 0; i < shape.rank(); ++i)
-    if (shape[i] != 1) order[rank++] = i;
-  std::stable_sort(order, order + rank, [&](int64_t a, int64_t b) {
-    return std::abs(arrays[0]->strides[a]) > std::abs(arrays[0]->strides[b]);
-  });
+  const auto step = [&](int64_t axis) { return std::abs(arrays[0]->strides[axis]); };
+  for (int64_t i = 0; i < shape.rank(); ++i) {  // insertion sort: stable, and nothing is allocated
+    if (shape[i] == 1) continue;
+    int64_t place = rank++;
+    for (; place > 0 && step(order[place - 1]) < step(i); --place) order[place] = order[place - 1];
+    order[place] = i;
+  }
   LoopNest<K> nest;
   for (int64_t i = 0; i < rank; ++i) {
     const int64_t axis = order[i], extent = shape[axis];
