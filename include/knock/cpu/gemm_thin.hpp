@@ -152,20 +152,18 @@ void thin_add_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> 
     left = to;
     left_row = k;
   }
-  const int64_t width = std::clamp<int64_t>((n / 16 + 15) / 16 * 16, 64, 1024);  // 4 rows of results: at most 16 KiB
-  parallel_for(n, std::max(width, 32768 / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(k, 1)) / width * width),
-               [&](int64_t begin, int64_t end) {
-                 C* const sums = thread_scratch<C>(Slot::tile, m * width);
-                 for (int64_t j = begin; j < end; j += width) {
-                   const int64_t cols = std::min(width, end - j);
-                   std::fill(sums, sums + m * width, C(0));
-                   thin_add<T>(m, cols, k, left, left_row, b.data + j * b.col_stride, b.row_stride, sums, width);
-                   for (int64_t i = 0; i < m; ++i)
-                     for (int64_t s = 0; s < cols; ++s)
-                       out(i, j + s) = static_cast<T>(alpha * sums[i * width + s] +
-                                                      (beta != 0 ? beta * static_cast<C>(c(i, j + s)) : C(0)));
-                 }
-               });
+  const int64_t width = std::min<int64_t>(std::max<int64_t>(256, (n + 63) / 64), 1024);  // results: at most 16 KiB
+  parallel_for(n, width, [&](int64_t begin, int64_t end) {
+    const int64_t cols = end - begin;
+    C* const sums = thread_scratch<C>(Slot::tile, m * cols);
+    std::fill(sums, sums + m * cols, C(0));
+    thin_add<T>(m, cols, k, left, left_row, b.data + begin, b.row_stride, sums, cols);
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < cols; ++j) {
+        const C value = alpha * sums[i * cols + j];
+        out(i, begin + j) = static_cast<T>(beta != 0 ? value + beta * static_cast<C>(c(i, begin + j)) : value);
+      }
+  });
 }
 
 template <class T, class C>
@@ -214,22 +212,34 @@ bool gemm_thin(int64_t batch, const Operands& operands) {
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_GEMM_THIN)
 #include <cstring>
+#include <utility>
 
 namespace knock::cpu {
 namespace detail {
 
+/// A vector as the compiler knows it, and the same at any address.
+template <class T, int size>
+struct ThinVector {
+  typedef T Type __attribute__((vector_size(size * sizeof(T))));
+  typedef T Unaligned __attribute__((vector_size(size * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+
 #define KNOCK_UNROLL _Pragma("GCC unroll 4")
 
 // A vector of results from elements of b: bf16 is the upper half of an f32.
-#define KNOCK_THIN_LOAD(to, from)                                                                         \
-  if constexpr (std::is_same_v<T, C>) {                                                                   \
-    to = *reinterpret_cast<const typename Vector::Unaligned*>(from);                                      \
-  } else {                                                                                                \
-    const typename VectorOf<uint16_t, lanes* 2>::Type upper =                                             \
-        *reinterpret_cast<const typename VectorOf<uint16_t, lanes * 2>::Unaligned*>(from);                \
-    const auto bits = __builtin_convertvector(upper, typename VectorOf<uint32_t, lanes * 4>::Type) << 16; \
-    to = reinterpret_cast<typename Vector::Type>(bits);                                                   \
+#define KNOCK_THIN_LOAD(to, from)                                                                       \
+  if constexpr (std::is_same_v<T, C>) {                                                                 \
+    to = *reinterpret_cast<const typename Vector::Unaligned*>(from);                                    \
+  } else {                                                                                              \
+    const typename ThinVector<uint16_t, lanes>::Type upper =                                            \
+        *reinterpret_cast<const typename ThinVector<uint16_t, lanes>::Unaligned*>(from);                \
+    const auto bits = __builtin_convertvector(upper, typename ThinVector<uint32_t, lanes>::Type) << 16; \
+    to = reinterpret_cast<typename Vector::Type>(bits);                                                 \
   }
+
+// The processor's own prefetching stops at the end of a page, which is 2 columns or less. Measured on one core of a Zen
+// 5 with rows of 512: 22 to 26 GB/s without, 30 to 33 with.
+#define KNOCK_THIN_PREFETCH(from) __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192);
 
 // sums[j] = the sum of the lanes of acc[j] for 4 of them, by halves of the lanes.
 #define KNOCK_THIN_SUMS(acc, sums)                                                                      \
@@ -261,12 +271,13 @@ namespace detail {
                               compute_t<T>* sums) {                                                                  \
     using C = compute_t<T>;                                                                                          \
     constexpr int lanes = bytes / static_cast<int>(sizeof(C)) < 4 ? 4 : bytes / static_cast<int>(sizeof(C));         \
-    using Vector = VectorOf<C, lanes* static_cast<int>(sizeof(C))>;                                                  \
+    using Vector = ThinVector<C, lanes>;                                                                             \
     const C* const a = static_cast<const C*>(left);                                                                  \
     typename Vector::Type acc[rows][4] = {};                                                                         \
     int64_t p = 0;                                                                                                   \
     for (; p + lanes <= k; p += lanes) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {                                    \
         typename Vector::Type column;                                                                                \
+        KNOCK_THIN_PREFETCH(b + j * b_col + p)                                                                       \
         KNOCK_THIN_LOAD(column, b + j * b_col + p)                                                                   \
         KNOCK_UNROLL for (int i = 0; i < rows; ++i) acc[i][j] +=                                                     \
             *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p) * column;                        \
@@ -279,8 +290,8 @@ namespace detail {
   target void thin_add_##name(int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row, \
                               compute_t<T>* out, int64_t out_row) {                                                  \
     using C = compute_t<T>;                                                                                          \
-    using Vector = VectorOf<C, bytes>;                                                                               \
-    constexpr int lanes = Vector::lanes;                                                                             \
+    constexpr int lanes = bytes / static_cast<int>(sizeof(C));                                                       \
+    using Vector = ThinVector<C, lanes>;                                                                             \
     for (int64_t p = 0; p < k; p += 4, b += 4 * b_row) {                                                             \
       const int64_t depth = k - p < 4 ? k - p : 4;                                                                   \
       C factor[rows][4];                                                                                             \
@@ -289,8 +300,11 @@ namespace detail {
       int64_t j = 0;                                                                                                 \
       for (; depth == 4 && j + lanes <= n; j += lanes) {                                                             \
         typename Vector::Type row[4];                                                                                \
-        KNOCK_UNROLL for (int q = 0; q < 4; ++q) KNOCK_THIN_LOAD(row[q], b + q * b_row + j)                          \
-            KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                            \
+        KNOCK_UNROLL for (int q = 0; q < 4; ++q) {                                                                   \
+          __builtin_prefetch(b + (q + 8) * b_row + j);                                                               \
+          KNOCK_THIN_LOAD(row[q], b + q * b_row + j)                                                                 \
+        }                                                                                                            \
+        KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                \
           auto* const to = reinterpret_cast<typename Vector::Unaligned*>(out + i * out_row + j);                     \
           typename Vector::Type sum = *to;                                                                           \
           KNOCK_UNROLL for (int q = 0; q < 4; ++q) sum += factor[i][q] * row[q];                                     \
@@ -317,12 +331,13 @@ KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, 
                                                    int64_t b_col, float* sums) {
   using C = float;
   constexpr int lanes = 16, step = 32;
-  using Vector = VectorOf<float, 64>;
+  using Vector = ThinVector<float, lanes>;
   typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));  // 32 bf16
   const bf16* const a = static_cast<const bf16*>(left);
   Vector::Type acc[rows][4] = {};
   int64_t p = 0;
   for (; p + step <= k; p += step) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {
+      KNOCK_THIN_PREFETCH(b + j * b_col + p)
       const Vector::Type column = *reinterpret_cast<const Pairs*>(b + j * b_col + p);
       KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
         const Vector::Type row = *reinterpret_cast<const Pairs*>(a + i * a_row + p);
@@ -343,6 +358,7 @@ KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, 
 #undef KNOCK_THIN_KERNELS
 #undef KNOCK_THIN_SUMS
 #undef KNOCK_THIN_LOAD
+#undef KNOCK_THIN_PREFETCH
 #undef KNOCK_UNROLL
 
 template <class T, int... i>
