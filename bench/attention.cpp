@@ -1,5 +1,6 @@
-// Causal attention, forward and backward: milliseconds and GFLOP/s (what is masked is not counted). In the last row
-// sequences are packed of documents of equal length.
+// causal attention, forward and backward: milliseconds and GFLOP/s
+//
+// What is masked is not counted. In the last row sequences are packed of documents of equal length.
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/attention.hpp>
 
@@ -21,12 +22,12 @@ const Case cases[] = {{4, 8, 2, 1024, 64, 1},
                       {1, 8, 2, 8192, 64, 1},
                       {1, 8, 2, 8192, 64, 16}};
 
-struct Milliseconds {
-  double forward, backward;
+struct Seconds {
+  bench::Spread forward, backward;
 };
 
 template <class T>
-Milliseconds measure(const Case& c) {
+Seconds measure(const Case& c) {
   struct Buffer {
     std::vector<T> values;
     Array array;
@@ -48,47 +49,35 @@ Milliseconds measure(const Case& c) {
   const Array documents =
       c.documents > 1 ? Array{ids.data(), DType::i64, {c.batch, c.length}, {0, 1}} : Array{};  // the same in all
   const AttentionScores scores{1 / std::sqrt(static_cast<double>(c.depth)), true, 0, 0};
-  const double forward = bench::median_seconds(
-      [&] { cpu::attention(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp); });
-  const double backward = bench::median_seconds([&] {
-    cpu::attention_backward(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp, dout.array,
-                            dq.array, dk.array, dv.array);
-  });
-  return {forward * 1e3, backward * 1e3};
+  return {
+      bench::time([&] { cpu::attention(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp); }),
+      bench::time([&] {
+        cpu::attention_backward(scores, q.array, k.array, v.array, {}, documents, out.array, log_sum_exp, dout.array,
+                                dq.array, dk.array, dv.array);
+      })};
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const bench::Options options(argc, argv);
-  const double peak = bench::peak_gflops();
-  const char* isa = to_text(cpu::isa());
-  const int threads = num_threads();
-  if (!options.json) {
-    std::printf("%s, %d threads, f32 multiply-add peak %.1f GFLOP/s; causal attention\n\n", isa, threads, peak);
-    std::printf("%4s %6s %6s %4s %10s  %-5s %24s %24s\n", "B", "heads", "T", "D", "documents", "dtype",
-                "forward ms (GFLOP/s)", "backward ms (GFLOP/s)");
-  }
+  bench::Table table(options, "attention", "GFLOP/s with percent of the peak; what is masked is not counted");
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const Case& c : cases) {
-      const Milliseconds ms = dtype == DType::f32 ? measure<float>(c) : measure<bf16>(c);
+      const Seconds seconds = dtype == DType::f32 ? measure<float>(c) : measure<bf16>(c);
       const double gflop = 2e-9 * static_cast<double>(c.batch * c.heads * c.length * (c.length / c.documents) *
                                                       c.depth);  // both products, half
-      const double forward = gflop / ms.forward * 1e3, backward = 2.5 * gflop / ms.backward * 1e3;
-      if (options.json) {
-        std::printf(
-            "{\"bench\":\"attention\",\"batch\":%ld,\"heads\":%ld,\"kv_heads\":%ld,\"length\":%ld,\"depth\":%ld,"
-            "\"documents\":%ld,\"dtype\":\"%s\","
-            "\"isa\":\"%s\",\"threads\":%d,\"peak_gflops\":%.1f,\"forward_ms\":%.3f,\"backward_ms\":%.3f}\n",
-            static_cast<long>(c.batch), static_cast<long>(c.heads), static_cast<long>(c.kv_heads),
-            static_cast<long>(c.length), static_cast<long>(c.depth), static_cast<long>(c.documents), to_text(dtype),
-            isa, threads, peak, ms.forward, ms.backward);
-      } else {
-        std::printf("%4ld %3ld/%-2ld %6ld %4ld %10ld  %-5s %14.2f (%7.1f) %14.2f (%7.1f)\n", static_cast<long>(c.batch),
-                    static_cast<long>(c.heads), static_cast<long>(c.kv_heads), static_cast<long>(c.length),
-                    static_cast<long>(c.depth), static_cast<long>(c.documents), to_text(dtype), ms.forward, forward,
-                    ms.backward, backward);
-      }
-      std::fflush(stdout);
+      const double peak = bench::peak_gflops(dtype);
+      table.row({{"batch", c.batch},
+                 {"heads", c.heads},
+                 {"kv_heads", c.kv_heads},
+                 {"length", c.length},
+                 {"depth", c.depth},
+                 {"documents", c.documents},
+                 {"dtype", std::string(to_text(dtype))},
+                 {"forward_ms", bench::Measured{seconds.forward * 1e3}},
+                 {"backward_ms", bench::Measured{seconds.backward * 1e3}},
+                 {"forward_gflops", bench::Measured{seconds.forward.rate(gflop), peak}},
+                 {"backward_gflops", bench::Measured{seconds.backward.rate(2.5 * gflop), peak}}});
     }
 }

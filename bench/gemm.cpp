@@ -1,4 +1,4 @@
-// GFLOP/s of matrix products by size, beside the machine's measured peak of multiply-adds.
+// GFLOP/s of matrix products by size, and percent of the machine's measured peak
 //
 // For every layer (tokens M, outputs N, inputs K): y = x w^T, dx = dy w and dw = dy^T x, as `linear` computes them.
 #include <knock/core/dtype.hpp>
@@ -24,15 +24,15 @@ const Layer layers[] = {
     {"decoding, head", 1, 8192, 512}};
 
 /// GFLOP/s of a (m, k) x b (k, n), given as strided views of dense memory.
-double gflops(DType dtype, int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed) {
+bench::Measured gflops(DType dtype, int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed) {
   return dispatch_float(dtype, "gemm", [&]<class T>(Type<T>) {
     const auto filled = [](int64_t count) { return std::vector<T>(static_cast<std::size_t>(count), T(0.5F)); };
     std::vector<T> a = filled(m * k), b = filled(k * n), out = filled(m * n);
     const Array left{a.data(), dtype, {m, k}, a_transposed ? Strides{1, m} : Strides{k, 1}};
     const Array right{b.data(), dtype, {k, n}, b_transposed ? Strides{1, k} : Strides{n, 1}};
     const Array result{out.data(), dtype, {m, n}, {n, 1}};
-    const double seconds = bench::median_seconds([&] { cpu::gemm(1, left, right, 0, {}, result); });
-    return 2e-9 * static_cast<double>(m * n * k) / seconds;
+    const bench::Spread seconds = bench::time([&] { cpu::gemm(1, left, right, 0, {}, result); });
+    return bench::Measured{seconds.rate(2e-9 * static_cast<double>(m * n * k)), bench::peak_gflops(dtype)};
   });
 }
 
@@ -40,32 +40,17 @@ double gflops(DType dtype, int64_t m, int64_t n, int64_t k, bool a_transposed, b
 
 int main(int argc, char** argv) {
   const bench::Options options(argc, argv);
-  const double peak = bench::peak_gflops();
-  const char* isa = to_text(cpu::isa());
-  const int threads = num_threads();
-  if (!options.json) {
-    std::printf("%s, %d threads, f32 multiply-add peak %.1f GFLOP/s; GFLOP/s (percent of that peak)\n\n", isa, threads,
-                peak);
-    std::printf("%-16s %6s %6s %6s  %-5s %14s %14s %14s\n", "use", "M", "N", "K", "dtype", "y = x w^T", "dx = dy w",
-                "dw = dy^T x");
-  }
+  bench::Table table(options, "gemm", "GFLOP/s (percent of the peak) of y = x w^T, dx = dy w and dw = dy^T x");
   for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
     for (const Layer& layer : layers) {
       const int64_t m = layer.tokens, n = layer.outputs, k = layer.inputs;
-      const double forward = gflops(dtype, m, n, k, false, true), input = gflops(dtype, m, k, n, false, false),
-                   weight = gflops(dtype, n, k, m, true, false);
-      if (options.json) {
-        std::printf(
-            "{\"bench\":\"gemm\",\"use\":\"%s\",\"m\":%ld,\"n\":%ld,\"k\":%ld,\"dtype\":\"%s\",\"isa\":\"%s\","
-            "\"threads\":%d,"
-            "\"peak_gflops\":%.1f,\"forward\":%.1f,\"input_gradient\":%.1f,\"weight_gradient\":%.1f}\n",
-            layer.use, static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), to_text(dtype), isa, threads,
-            peak, forward, input, weight);
-      } else {
-        std::printf("%-16s %6ld %6ld %6ld  %-5s %7.1f (%3.0f%%) %7.1f (%3.0f%%) %7.1f (%3.0f%%)\n", layer.use,
-                    static_cast<long>(m), static_cast<long>(n), static_cast<long>(k), to_text(dtype), forward,
-                    100 * forward / peak, input, 100 * input / peak, weight, 100 * weight / peak);
-      }
-      std::fflush(stdout);
+      table.row({{"use", std::string(layer.use)},
+                 {"m", m},
+                 {"n", n},
+                 {"k", k},
+                 {"dtype", std::string(to_text(dtype))},
+                 {"forward_gflops", gflops(dtype, m, n, k, false, true)},
+                 {"input_gradient_gflops", gflops(dtype, m, k, n, false, false)},
+                 {"weight_gradient_gflops", gflops(dtype, n, k, m, true, false)}});
     }
 }

@@ -1,6 +1,7 @@
 #pragma once
-// What the benchmarks share: timing, the machine's peak, and their command line.
+// What the benchmarks share: timing, the machine's limits, their command line and their table.
 
+#include <knock/core/dtype.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/cpu/isa.hpp>
 
@@ -8,31 +9,66 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <initializer_list>
+#include <map>
+#include <memory>
 #include <string>
+#include <string_view>
+#include <variant>
 #include <vector>
+
+#if KNOCK_X86
+#include <immintrin.h>
+#endif
+#ifdef __linux__
+#include <sys/resource.h>
+#endif
 
 namespace bench {
 
-/// Median of `rounds` timings, in seconds per call; every timing lasts about `least` seconds.
+/// Of several timings, or of rates made of them.
+struct Spread {
+  double median = 0, min = 0, max = 0;
+
+  /// `work` a second, where this is seconds.
+  Spread rate(double work) const { return {work / median, work / max, work / min}; }
+  Spread operator*(double factor) const { return {median * factor, min * factor, max * factor}; }
+};
+
+inline Spread spread_of(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return {values[values.size() / 2], values.front(), values.back()};
+}
+
+/// Seconds per call in `rounds` timings, each of which lasts about `least` seconds.
 template <class Body>
-double median_seconds(Body&& body, double least = 0.02, int rounds = 7) {
+Spread time(Body&& body, double least = 0.02, int rounds = 7) {
   using Clock = std::chrono::steady_clock;
-  const auto time = [&](int64_t calls) {
+  const auto elapsed = [&](int64_t calls) {
     const auto start = Clock::now();
     for (int64_t i = 0; i < calls; ++i) body();
     return std::chrono::duration<double>(Clock::now() - start).count();
   };
   body();
-  const auto calls = std::max<int64_t>(1, static_cast<int64_t>(least / std::max(time(1), 1e-9)));
+  const auto calls = std::max<int64_t>(1, static_cast<int64_t>(least / std::max(elapsed(1), 1e-9)));
   std::vector<double> seconds;
-  for (int i = 0; i < rounds; ++i) seconds.push_back(time(calls) / static_cast<double>(calls));
-  std::sort(seconds.begin(), seconds.end());
-  return seconds[seconds.size() / 2];
+  for (int i = 0; i < rounds; ++i) seconds.push_back(elapsed(calls) / static_cast<double>(calls));
+  return spread_of(seconds);
 }
 
-// Independent chains of multiply-adds on registers alone; gives the sum of all, so that nothing is left out.
-#define BENCH_MULTIPLY_ADDS(name, target, bytes, chains)                                           \
-  target inline float name(int64_t steps, const volatile float* factors) {                         \
+template <class Body>
+double median_seconds(Body&& body, double least = 0.02, int rounds = 7) {
+  return time(body, least, rounds).median;
+}
+
+// --- limits of the machine ---
+
+// Independent chains of multiply-adds on registers alone, and sums of memory; each gives what it computed, so that
+// nothing is left out.
+#define BENCH_LIMITS(name, target, bytes, chains)                                                  \
+  target inline float multiply_adds_##name(int64_t steps, const volatile float* factors) {         \
     typedef float Vector __attribute__((vector_size(bytes)));                                      \
     Vector acc[chains];                                                                            \
     for (int j = 0; j < chains; ++j) acc[j] = static_cast<float>(j) - Vector{}; /* no two alike */ \
@@ -44,59 +80,284 @@ double median_seconds(Body&& body, double least = 0.02, int rounds = 7) {
     for (const Vector& chain : acc)                                                                \
       for (int lane = 0; lane < bytes / 4; ++lane) sum += chain[lane];                             \
     return sum;                                                                                    \
+  }                                                                                                \
+  target inline float sum_##name(const float* data, int64_t count) {                               \
+    typedef float Vector __attribute__((vector_size(bytes)));                                      \
+    Vector acc[8] = {};                                                                            \
+    for (int64_t i = 0; i < count; i += 8 * bytes / 4) {                                           \
+      _Pragma("GCC unroll 8") for (int j = 0; j < 8; ++j) {                                        \
+        acc[j] += *reinterpret_cast<const Vector*>(data + i + j * bytes / 4);                      \
+      }                                                                                            \
+    }                                                                                              \
+    float sum = 0;                                                                                 \
+    for (const Vector& chain : acc)                                                                \
+      for (int lane = 0; lane < bytes / 4; ++lane) sum += chain[lane];                             \
+    return sum;                                                                                    \
   }
 
-BENCH_MULTIPLY_ADDS(multiply_adds_portable, KNOCK_TARGET_PORTABLE, 16, 12)
+BENCH_LIMITS(portable, KNOCK_TARGET_PORTABLE, 16, 12)
 #if KNOCK_X86
-BENCH_MULTIPLY_ADDS(multiply_adds_avx2, KNOCK_TARGET_AVX2, 32, 12)
-BENCH_MULTIPLY_ADDS(multiply_adds_avx512, KNOCK_TARGET_AVX512, 64, 24)
-#endif
-#undef BENCH_MULTIPLY_ADDS
+BENCH_LIMITS(avx2, KNOCK_TARGET_AVX2, 32, 12)
+BENCH_LIMITS(avx512, KNOCK_TARGET_AVX512, 64, 24)
 
-/// GFLOP/s of f32 multiply-adds on registers, with all threads, in the instruction set in use: the limit of every
-/// product.
-inline double peak_gflops() {
-  using knock::cpu::Isa;
-  const Isa isa = knock::cpu::isa();
-  double flop_per_step = 2.0 * 12 * 4;
-  float (*run)(int64_t, const volatile float*) = multiply_adds_portable;
-#if KNOCK_X86
-  if (isa == Isa::avx2) run = multiply_adds_avx2, flop_per_step = 2.0 * 12 * 8;
-  if (isa >= Isa::avx512) run = multiply_adds_avx512, flop_per_step = 2.0 * 24 * 16;
-#endif
-  constexpr int64_t steps = 2000000;
-  const int threads = knock::num_threads();
-  static volatile float factors[2] = {0.5F, 1.0F};
-  std::vector<float> sums(static_cast<std::size_t>(threads));  // kept, so that the work is
-  double best = 0;
-  for (int round = 0; round < 5; ++round) {
-    const double seconds = median_seconds(
-        [&] {
-          knock::parallel_tasks(threads, [&](int64_t i) { sums[static_cast<std::size_t>(i)] = run(steps, factors); });
-        },
-        0, 3);
-    best = std::max(best, flop_per_step * static_cast<double>(steps) * threads / seconds * 1e-9);
+/// Chains of dot products of pairs of bf16.
+KNOCK_TARGET_AVX512_BF16 inline float dot_products(int64_t steps, const volatile float* factors) {
+  __m512 acc[24];
+  for (int j = 0; j < 24; ++j) acc[j] = _mm512_set1_ps(static_cast<float>(j));
+  const __m512 x = _mm512_set1_ps(factors[0]), y = _mm512_set1_ps(factors[1]);
+  const __m512bh a = _mm512_cvtne2ps_pbh(x, y), b = _mm512_cvtne2ps_pbh(y, x);
+  for (int64_t i = 0; i < steps; ++i) {
+    _Pragma("GCC unroll 24") for (int j = 0; j < 24; ++j) acc[j] = _mm512_dpbf16_ps(acc[j], a, b);
   }
-  return sums[0] > 0 ? best : 0;
+  __m512 sum = acc[0];
+  for (int j = 1; j < 24; ++j) sum = _mm512_add_ps(sum, acc[j]);
+  return _mm512_cvtss_f32(sum);
 }
 
-/// --json, --threads N; other arguments end the program.
-struct Options {
+/// Four products of 16 x 32 and 32 x 16 tiles of bf16 a step.
+__attribute__((target("amx-tile,amx-bf16"))) inline float tile_products(int64_t steps, const volatile float*) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  alignas(64) float out[256];
+  _tile_loadconfig(&config);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_zero(4);
+  _tile_zero(5);
+  _tile_zero(6);
+  _tile_zero(7);
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out, 64);
+  _tile_release();
+  return out[0];
+}
+#endif
+#undef BENCH_LIMITS
+
+/// The best rate, in 1e9 a second with all threads, of `run(thread)`, which does `work` operations.
+template <class Run>
+double best_rate(double work, Run&& run) {
+  const int threads = knock::num_threads();
+  std::vector<float> sums(static_cast<std::size_t>(threads));
+  double best = 0;
+  for (int round = 0; round < 10; ++round) {
+    const double seconds =
+        time([&] { knock::parallel_tasks(threads, [&](int64_t i) { sums[static_cast<std::size_t>(i)] = run(i); }); }, 0,
+             1)
+            .median;
+    best = std::max(best, work * threads / seconds * 1e-9);
+  }
+  return sums[0] >= 0 ? best : 0;
+}
+
+/// GFLOP/s of `run`, which does `flop_per_step` on registers.
+inline double register_gflops(float (*run)(int64_t, const volatile float*), double flop_per_step) {
+  constexpr int64_t steps = 1000000;
+  static volatile float factors[2] = {0.5F, 1.0F};
+  return best_rate(flop_per_step * static_cast<double>(steps), [&](int64_t) { return run(steps, factors); });
+}
+
+using knock::cpu::Isa;
+
+/// GFLOP/s of f32 multiply-adds with all threads, in the instruction set in use: the limit of every product in f32.
+inline double peak_f32() {
+#if KNOCK_X86
+  const Isa isa = knock::cpu::isa();
+  if (isa >= Isa::avx512) return register_gflops(multiply_adds_avx512, 2.0 * 24 * 16);
+  if (isa == Isa::avx2) return register_gflops(multiply_adds_avx2, 2.0 * 12 * 8);
+#endif
+  return register_gflops(multiply_adds_portable, 2.0 * 12 * 4);
+}
+
+/// The same of AVX512-BF16 dot products; 0 where the instruction set in use has none.
+inline double peak_bf16() {
+#if KNOCK_X86
+  if (knock::cpu::isa() >= Isa::avx512_bf16) return register_gflops(dot_products, 2.0 * 24 * 32);
+#endif
+  return 0;
+}
+
+/// The same of AMX tiles.
+inline double peak_amx() {
+#if KNOCK_X86
+  if (knock::cpu::isa() >= Isa::amx) return register_gflops(tile_products, 2.0 * 4 * 16 * 16 * 32);
+#endif
+  return 0;
+}
+
+/// What percentages refer to: the f32 peak, for bf16 that of dot products (of multiply-adds where there are none).
+inline double peak_gflops(knock::DType dtype = knock::DType::f32) {
+  static const double f32 = peak_f32(), dots = peak_bf16();
+  return dtype == knock::DType::bf16 && dots > 0 ? dots : f32;
+}
+
+/// GB/s that all threads read from memory.
+inline double read_bandwidth() {
+  constexpr int64_t count = int64_t{64} << 20;  // of floats a thread: beyond any cache
+  struct Free {
+    void operator()(float* data) const { std::free(data); }
+  };
+  std::vector<std::unique_ptr<float, Free>> data(static_cast<std::size_t>(knock::num_threads()));
+  knock::parallel_tasks(static_cast<int64_t>(data.size()), [&](int64_t i) {
+    auto& own = data[static_cast<std::size_t>(i)];
+    own.reset(static_cast<float*>(std::aligned_alloc(4096, count * sizeof(float))));
+    std::fill_n(own.get(), count, 1.0F);
+  });
+  auto* run = sum_portable;
+#if KNOCK_X86
+  if (knock::cpu::isa() >= Isa::avx512) run = sum_avx512;
+  if (knock::cpu::isa() == Isa::avx2) run = sum_avx2;
+#endif
+  return best_rate(static_cast<double>(count) * sizeof(float),
+                   [&](int64_t i) { return run(data[static_cast<std::size_t>(i)].get(), count); });
+}
+
+/// The processor's name.
+inline std::string machine() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
+  return "unknown processor";
+}
+
+/// Largest resident memory of this process so far.
+inline double peak_rss_mib() {
+#ifdef __linux__
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<double>(usage.ru_maxrss) / 1024;
+#else
+  return 0;
+#endif
+}
+
+// --- command line and table ---
+
+/// --json, --threads N and the options named by `keys`, each with a value; other arguments end the program.
+class Options {
+ public:
   bool json = false;
 
-  Options(int argc, char** argv) {
+  Options(int argc, char** argv, std::initializer_list<std::string_view> keys = {}) {
     for (int i = 1; i < argc; ++i) {
-      const std::string argument = argv[i];
-      if (argument == "--json") {
+      const std::string_view word = argv[i], key = word.substr(std::min<std::size_t>(2, word.size()));
+      const bool known = key == "threads" || std::find(keys.begin(), keys.end(), key) != keys.end();
+      if (word == "--json") {
         json = true;
-      } else if (argument == "--threads" && i + 1 < argc && std::atoi(argv[i + 1]) > 0) {
-        knock::set_num_threads(std::atoi(argv[++i]));
+      } else if (word.starts_with("--") && known && i + 1 < argc) {
+        values_[std::string(key)] = argv[++i];
       } else {
-        std::fprintf(stderr, "usage: %s [--json] [--threads N]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s [--json] [--threads N]", argv[0]);
+        for (const std::string_view k : keys) std::fprintf(stderr, " [--%s VALUE]", std::string(k).c_str());
+        std::fprintf(stderr, "\n");
         std::exit(2);
       }
     }
+    if (const int threads = number("threads", 0); threads > 0) knock::set_num_threads(threads);
   }
+
+  std::string text(const std::string& key, const std::string& otherwise) const {
+    const auto at = values_.find(key);
+    return at == values_.end() ? otherwise : at->second;
+  }
+  int number(const std::string& key, int otherwise) const {
+    return std::atoi(text(key, std::to_string(otherwise)).c_str());
+  }
+
+ private:
+  std::map<std::string, std::string> values_;
+};
+
+/// A measured value; with a limit, percent of it are shown as well.
+struct Measured {
+  Spread value;
+  double limit = 0;
+};
+
+struct Field {
+  const char* name;
+  std::variant<std::string, int64_t, double, Measured> value;
+};
+
+/// The one table of a benchmark, headed by the names of the first row's fields; with --json one line per row, in which
+/// NAME has NAME_min, NAME_max and NAME_percent beside it.
+class Table {
+ public:
+  Table(const Options& options, const char* bench, const std::string& about) : json_(options.json), bench_(bench) {
+    if (json_) return;
+    std::printf("%s: %s, %s, %d threads; f32 multiply-add peak %.1f GFLOP/s", bench, machine().c_str(),
+                to_text(knock::cpu::isa()), knock::num_threads(), peak_gflops());
+    if (knock::cpu::isa() >= Isa::avx512_bf16)
+      std::printf(", bf16 dot product peak %.1f", peak_gflops(knock::DType::bf16));
+    std::printf("\n%s\n\n", about.c_str());
+  }
+
+  void row(const std::vector<Field>& fields) {
+    json_ ? print_json(fields) : print_text(fields);
+    std::fflush(stdout);
+  }
+
+ private:
+  void print_json(const std::vector<Field>& fields) const {
+    std::printf("{\"bench\":\"%s\",\"machine\":\"%s\",\"isa\":\"%s\",\"threads\":%d", bench_, machine().c_str(),
+                to_text(knock::cpu::isa()), knock::num_threads());
+    for (const Field& field : fields) {
+      if (const auto* text = std::get_if<std::string>(&field.value)) {
+        std::printf(",\"%s\":\"%s\"", field.name, text->c_str());
+      } else if (const auto* count = std::get_if<int64_t>(&field.value)) {
+        std::printf(",\"%s\":%lld", field.name, static_cast<long long>(*count));
+      } else if (const auto* number = std::get_if<double>(&field.value)) {
+        std::printf(",\"%s\":%.6g", field.name, *number);
+      } else {
+        const auto& [value, limit] = std::get<Measured>(field.value);
+        std::printf(",\"%s\":%.6g,\"%s_min\":%.6g,\"%s_max\":%.6g", field.name, value.median, field.name, value.min,
+                    field.name, value.max);
+        if (limit > 0) std::printf(",\"%s_percent\":%.1f", field.name, 100 * value.median / limit);
+      }
+    }
+    std::printf("}\n");
+  }
+
+  void print_text(const std::vector<Field>& fields) {
+    if (!headed_) {
+      for (const Field& field : fields) std::printf("%*s ", width(field), field.name);
+      std::printf("\n");
+      headed_ = true;
+    }
+    for (const Field& field : fields) std::printf("%*s ", width(field), shown(field).c_str());
+    std::printf("\n");
+  }
+
+  static int width(const Field& field) {
+    const auto length = static_cast<int>(std::strlen(field.name));
+    return std::holds_alternative<std::string>(field.value) ? -std::max(length, 16) : std::max(length, 7);
+  }
+
+  static std::string shown(const Field& field) {
+    if (const auto* text = std::get_if<std::string>(&field.value)) return *text;
+    if (const auto* count = std::get_if<int64_t>(&field.value)) return std::to_string(*count);
+    const auto* measured = std::get_if<Measured>(&field.value);
+    const double number = measured ? measured->value.median : std::get<double>(field.value);
+    char out[64];
+    int length = std::snprintf(out, sizeof out, number < 1 ? "%.4f" : number < 100 ? "%.2f" : "%.1f", number);
+    if (measured && measured->limit > 0)
+      std::snprintf(out + length, sizeof out - static_cast<std::size_t>(length), " (%.0f%%)",
+                    100 * number / measured->limit);
+    return out;
+  }
+
+  bool json_, headed_ = false;
+  const char* bench_;
 };
 
 }  // namespace bench
