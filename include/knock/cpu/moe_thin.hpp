@@ -1,0 +1,156 @@
+#pragma once
+// Routed experts for few tokens, as in decoding: the chosen experts' weights are read once, where they lie.
+//
+// Two passes, each over all threads: gate and up products with the activation, by experts and blocks of their columns;
+// down products and the sum over a token's slots, by blocks of output columns. A block's sums are the same on any
+// thread: the bits depend on the shapes and the routing alone.
+
+#include <knock/core/backend.hpp>
+
+namespace knock::cpu {
+
+/// moe_forward where the experts have few rows each; false, and nothing written, where they have many.
+bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array& out);
+
+}  // namespace knock::cpu
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_MOE_THIN)
+#include <knock/core/math.hpp>
+#include <knock/core/parallel.hpp>
+#include <knock/core/storage.hpp>
+#include <knock/cpu/gemm_thin.hpp>
+
+#include <vector>
+
+namespace knock::cpu {
+namespace detail {
+
+/// Rows [begin, end) of the list of slots sorted by expert, at most thin_rows of one expert.
+struct ThinGroup {
+  int64_t expert, begin, end;
+};
+
+/// The groups of all experts; empty where experts have more than 4 rows on average.
+inline std::vector<ThinGroup> thin_groups(const int64_t* offsets, int64_t experts) {
+  std::vector<ThinGroup> groups;
+  int64_t chosen = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    chosen += offsets[e] < offsets[e + 1];
+    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += thin_rows)
+      groups.push_back({e, begin, std::min(begin + thin_rows, offsets[e + 1])});
+  }
+  if (offsets[experts] > 4 * chosen) groups.clear();
+  return groups;
+}
+
+/// Columns of a block: whole sixteens, about 128 KiB of weights of `bytes` a column, so that there are some tasks a
+/// thread.
+inline int64_t thin_block_cols(int64_t bytes) { return (std::max<int64_t>(131072 / bytes, 1) + 15) / 16 * 16; }
+
+/// Rows of a thin product's left operand in the type that its kernels want.
+template <class T>
+class ThinRows {
+  using C = compute_t<T>;
+
+ public:
+  ThinRows(int64_t rows, int64_t cols)
+      : narrow_(thin_kernels<T>().narrow), cols_(cols), storage_(rows * cols * element(), Device{}) {}
+
+  ThinLeft from(int64_t row) const { return {static_cast<char*>(storage_.data) + row * cols_ * element(), cols_}; }
+  /// Calls body with a pointer to row i, of T or of C.
+  template <class Body>
+  void at(int64_t i, Body&& body) const {
+    if (narrow_) {
+      body(static_cast<T*>(storage_.data) + i * cols_);
+    } else {
+      body(static_cast<C*>(storage_.data) + i * cols_);
+    }
+  }
+
+ private:
+  int64_t element() const { return static_cast<int64_t>(narrow_ ? sizeof(T) : sizeof(C)); }
+
+  bool narrow_;
+  int64_t cols_;
+  Storage storage_;
+};
+
+template <class T>
+void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidden, T* out) {
+  using C = compute_t<T>;
+  const int64_t tokens = in.x.shape[0], c = in.x.shape[1], k = in.weights.shape[1], slots = tokens * k;
+  const int64_t f = in.gate.shape[1], sorted_rows = groups.back().end;
+  const int64_t* order = in.order.as<int64_t>();
+  const T *x = in.x.as<T>(), *weights = in.weights.as<T>();
+  const ThinRows<T> x_rows(sorted_rows, c), activation(sorted_rows, f);
+  std::vector<int64_t> place(static_cast<std::size_t>(slots), -1);  // of each slot in the sorted list, -1: dropped
+  for (int64_t row = 0; row < sorted_rows; ++row) {
+    place[static_cast<std::size_t>(order[row])] = row;
+    x_rows.at(row, [&](auto* to) {
+      const T* const from = x + order[row] / k * c;
+      KNOCK_SIMD
+      for (int64_t i = 0; i < c; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+    });
+  }
+
+  const int64_t ffn_cols = thin_block_cols(2 * c * static_cast<int64_t>(sizeof(T))),
+                blocks = (f + ffn_cols - 1) / ffn_cols;
+  parallel_tasks(static_cast<int64_t>(groups.size()) * blocks, [&](int64_t task) {
+    const ThinGroup& group = groups[static_cast<std::size_t>(task / blocks)];
+    const int64_t begin = task % blocks * ffn_cols, end = std::min(f, begin + ffn_cols), rows = group.end - group.begin;
+    T* const own = hidden + group.begin * 2 * f;
+    const auto project = [&](const Array& weight, T* to) {
+      const Matrix<const T> w{weight.as<T>() + group.expert * f * c, 1, c};  // (C, F)
+      thin_dots(rows, c, x_rows.from(group.begin), w, begin, end,
+                [&](int64_t i, int64_t j, C sum) { to[i * 2 * f + j] = static_cast<T>(sum); });
+    };
+    project(in.gate, own);
+    project(in.up, own + f);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T *const g = own + i * 2 * f, *const u = g + f;
+      const C s = static_cast<C>(weights[order[group.begin + i]]);
+      activation.at(group.begin + i, [&](auto* to) {
+        KNOCK_SIMD
+        for (int64_t j = begin; j < end; ++j) {
+          const C gate = static_cast<C>(g[j]);
+          const T value = static_cast<T>(s * (gate * math::sigmoid(gate)) * static_cast<C>(u[j]));
+          to[j] = static_cast<std::remove_pointer_t<decltype(to)>>(value);
+        }
+      });
+    }
+  });
+
+  const int64_t out_cols =
+      std::min(thin_block_cols(f * static_cast<int64_t>(sizeof(T)) * static_cast<int64_t>(groups.size())), c);
+  parallel_for(c, out_cols, [&](int64_t begin, int64_t end) {
+    const int64_t cols = end - begin;
+    C* const sorted = thread_scratch<C>(Slot::user0, (sorted_rows + 1) * cols);  // weighted outputs, and a sum
+    for (const ThinGroup& group : groups) {
+      const Matrix<const T> w{in.down.as<T>() + group.expert * f * c, 1, f};  // (F, C)
+      thin_dots(group.end - group.begin, f, activation.from(group.begin), w, begin, end,
+                [&](int64_t i, int64_t j, C sum) { sorted[(group.begin + i) * cols + j - begin] = sum; });
+    }
+    C* const sum = sorted + sorted_rows * cols;
+    for (int64_t n = 0; n < tokens; ++n) {
+      std::fill(sum, sum + cols, C(0));
+      for (int64_t slot = n * k; slot < (n + 1) * k; ++slot) {
+        const int64_t row = place[static_cast<std::size_t>(slot)];
+        for (int64_t j = 0; row >= 0 && j < cols; ++j) sum[j] += sorted[row * cols + j];
+      }
+      for (int64_t j = 0; j < cols; ++j) out[n * c + begin + j] = static_cast<T>(sum[j]);
+    }
+  });
+}
+
+}  // namespace detail
+
+KNOCK_FUNC bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array& out) {
+  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0]);
+  if (groups.empty()) return false;
+  dispatch_float(in.x.dtype, "moe_experts",
+                 [&]<class T>(Type<T>) { detail::moe_thin<T>(in, groups, out_hidden.as<T>(), out.as<T>()); });
+  return true;
+}
+
+}  // namespace knock::cpu
+#endif
