@@ -34,8 +34,9 @@ void attention_backward(const AttentionScores& scores, const Array& q, const Arr
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_ATTENTION)
 #include <knock/core/math.hpp>
 #include <knock/core/parallel.hpp>
-#include <knock/core/storage.hpp>
+#include <knock/cpu/attention_decode.hpp>
 #include <knock/cpu/gemm_tile.hpp>
+#include <knock/cpu/scratch.hpp>
 
 #include <cmath>
 #include <cstring>
@@ -180,10 +181,39 @@ Matrix<T> head_of(const Array& x, int64_t b, int64_t h) {
   return {x.as<T>() + b * x.strides[0] + h * x.strides[1], x.strides[2], x.strides[3]};
 }
 
-/// to (rows, cols) dense = x, with zeros from column n on.
-template <class T, class C>
-void copy_padded(Matrix<const T> x, int64_t rows, int64_t n, int64_t cols, C* to) {
-  for (int64_t i = 0; i < rows; ++i) pack_panel(x.block(i, 0), 1, n, cols, to + i * cols);
+/// Rows [0, rows) of x (rows, n) as units along their features, `stride` units a row, zeros behind.
+template <class P, class T>
+void rows_along(Matrix<const T> x, int64_t rows, int64_t n, int64_t stride, P* to) {
+  for (int64_t i = 0; i < rows; ++i, to += stride) {
+    if (x.col_stride == 1) {
+      units_along_k<T, P>(x.data + i * x.row_stride, n, to);
+    } else {
+      for (int64_t u = 0; u < units_of<P>(n); ++u) to[u] = unit_at<T, P>(x.t(), u * unit_size<P>, i, n);
+    }
+    std::fill(to + units_of<P>(n), to + stride, P());
+  }
+}
+
+/// The same as units across rows, `cols` units each; rows whose mark is 1 as zeros.
+template <class P, class T>
+void rows_across(Matrix<const T> x, int64_t rows, int64_t n, int64_t cols, const uint8_t* marks, P* to) {
+  const auto element = [&](int64_t i, int64_t d) { return i < rows && !marks[i] ? x(i, d) : T(0); };
+  for (int64_t i = 0; i < rows; i += unit_size<P>, to += cols) {
+    const T* const row = x.data + i * x.row_stride;
+    const bool two = unit_size<P> == 2 && i + 1 < rows;
+    if (x.col_stride == 1 && !marks[i] && !(two && marks[i + 1])) {
+      units_across_k<T, P>(row, two ? row + x.row_stride : nullptr, n, to);
+    } else {
+      for (int64_t d = 0; d < n; ++d) {
+        if constexpr (std::is_same_v<P, Pair>) {
+          to[d] = {static_cast<bf16>(element(i, d)), static_cast<bf16>(element(i + 1, d))};
+        } else {
+          to[d] = static_cast<P>(element(i, d));
+        }
+      }
+    }
+    std::fill(to + n, to + cols, P());
+  }
 }
 
 template <class T, class C>
@@ -192,18 +222,22 @@ void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> 
     for (int64_t j = 0; j < n; ++j) to(i, j) = static_cast<T>(from[i * stride + j]);
 }
 
-/// Whether x (n) holds neither NaN nor an infinity.
-template <class C>
-bool all_finite(const C* x, int64_t n) {
-  C lanes[16] = {}, sum = 0;  // of zeros, or NaN
-  int64_t j = 0;
-  for (; j + 16 <= n; j += 16) {
-    KNOCK_SIMD
-    for (int64_t i = 0; i < 16; ++i) lanes[i] += x[j + i] * C(0);
+/// marks[i] = whether row i of x (rows, n) holds NaN or an infinity.
+template <class T>
+void mark_not_finite(Matrix<const T> x, int64_t rows, int64_t n, uint8_t* marks) {
+  using C = compute_t<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* const row = x.data + i * x.row_stride;
+    C lanes[16] = {}, sum = 0;  // of zeros, or NaN
+    int64_t j = 0;
+    for (; x.col_stride == 1 && j + 16 <= n; j += 16) {
+      KNOCK_SIMD
+      for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(row[j + lane]) * C(0);
+    }
+    for (; j < n; ++j) sum += static_cast<C>(row[j * x.col_stride]) * C(0);
+    for (const C lane : lanes) sum += lane;
+    marks[i] = !(sum == 0);
   }
-  for (; j < n; ++j) sum += x[j] * C(0);
-  for (int64_t i = 0; i < 16; ++i) sum += lanes[i];
-  return sum == 0;
 }
 
 /// Calls body(i) for every i of the range whose mark is 1.
@@ -310,14 +344,15 @@ ScoreRows<C> score_rows() {
           hide_others_portable<C>};
 }
 
-/// What forward and backward share: shapes, tiles and products of small blocks. C is the type of the arithmetic.
-template <class T, class C>
+/// What forward and backward share: shapes, tiles and products of small blocks of P.
+template <class T, class P>
 struct Attention {
+  using C = sum_t<P>;
   AttentionScores scores;
   Array q, k, v, mask;
   int64_t batch, heads, kv_heads, queries, keys, depth, value_depth;
   int64_t depth_cols, value_cols, key_cols;  ///< padded to whole panels
-  const MicroKernels<C>& kernels = micro_kernels<C>();
+  const MicroKernels<P>& kernels = micro_kernels<P>();
   ScoreRows<C> rows = score_rows<C>();
   DocumentTable documents;
 
@@ -335,27 +370,27 @@ struct Attention {
         keys(k.shape[2]),
         depth(q.shape[3]),
         value_depth(v.shape[3]),
-        depth_cols(padded_cols<C>(depth)),
-        value_cols(padded_cols<C>(value_depth)),
-        key_cols(padded_cols<C>(keys)),
+        depth_cols(padded_cols<P>(depth)),
+        value_cols(padded_cols<P>(value_depth)),
+        key_cols(padded_cols<P>(keys)),
         documents(ids) {}
 
   int64_t group() const { return heads / kv_heads; }
   Visible visible(int64_t b) const { return {scores, queries, keys, documents.of(b)}; }
 
-  /// out (rows, n) (+)= alpha a b: one strip of at most kernels.rows rows; n is padded.
-  void product(int64_t rows_count, int64_t n, int64_t k_count, C alpha, const C* a, int64_t a_row, int64_t a_step,
-               const C* b, int64_t panel_stride, int64_t b_step, bool add, C* out, int64_t out_stride) const {
+  /// out (rows, n) (+)= alpha a b: one strip of at most kernels.rows rows; n is padded, k counts units.
+  void product(int64_t rows_count, int64_t n, int64_t k_count, C alpha, const P* a, int64_t a_row, int64_t a_step,
+               const P* b, int64_t panel_stride, int64_t b_step, bool add, C* out, int64_t out_stride) const {
     for (int64_t col = 0; col < n; col += kernels.cols)
       kernels.run[rows_count - 1](k_count, a, a_row, a_step, b + col * panel_stride, b_step,
                                   {out + col, out_stride, out + col, out_stride, alpha, add ? C(1) : C(0)});
   }
 
   /// out (rows, n) = alpha a b^T where b^T (depth, ...) is packed; columns from `col`, a multiple of the panel width.
-  void product_packed(int64_t rows_count, int64_t n, int64_t k_count, C alpha, const C* a, int64_t a_row, Packed<C> b,
+  void product_packed(int64_t rows_count, int64_t n, int64_t features, C alpha, const P* a, int64_t a_row, Packed<P> b,
                       int64_t col, C* out, int64_t out_stride) const {
-    for (int64_t p = 0; p < k_count; p += k_block) {
-      const int64_t block = std::min(k_block, k_count - p);
+    for (int64_t p = 0; p < units_of<P>(features); p += k_block) {
+      const int64_t block = std::min(k_block, units_of<P>(features) - p);
       product(rows_count, n, block, alpha, a + p, a_row, 1, b.panel(p, block, col), block, kernels.cols, p > 0, out,
               out_stride);
     }
@@ -397,7 +432,7 @@ struct Attention {
   }
 
   /// k_count = D = 0 leaves every score 0.
-  void scores_of(int64_t rows_count, int64_t n, const C* q_rows, int64_t q_stride, Packed<C> keys_packed, int64_t col,
+  void scores_of(int64_t rows_count, int64_t n, const P* q_rows, int64_t q_stride, Packed<P> keys_packed, int64_t col,
                  C* s, int64_t stride) const {
     if (depth == 0)
       for (int64_t i = 0; i < rows_count; ++i) std::fill(s + i * stride, s + i * stride + n, C(0));
@@ -412,20 +447,34 @@ void clear_outside(C* s, int64_t n, Range keep) {
   std::fill(s + std::clamp<int64_t>(std::max(keep.begin, keep.end), 0, n), s + n, C(0));
 }
 
+/// to (rows, stride) = p, as units along its rows of n elements, in which they end.
+template <class P, class C>
+const P* probabilities(const C* p, int64_t rows, int64_t n, int64_t stride, [[maybe_unused]] P* to) {
+  if constexpr (std::is_same_v<P, C>) {
+    return p;
+  } else {
+    for (int64_t r = 0; r < rows; ++r) units_along_k<C, P>(p + r * stride, n, to + r * stride / unit_size<P>);
+    return to;
+  }
+}
+
 /// Queries [tile.begin, tile.end) of one head; keys and values are packed for the whole head, values that are
 /// `taken_out` as zeros.
-template <class T, class C>
-void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, Packed<C> keys, const C* values,
-                    const uint8_t* taken_out, Matrix<T> out, C* log_sum_exp) {
-  constexpr int64_t key_tile = 256;
+template <class T, class P>
+void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, Packed<P> keys, const P* values,
+                    const uint8_t* taken_out, Matrix<T> out, sum_t<P>* log_sum_exp) {
+  using C = sum_t<P>;
+  constexpr int64_t key_tile = 256, unit = unit_size<P>;
   const Visible visible = a.visible(b);
   const bool masked = a.masked(visible);
   const int64_t width = a.kernels.cols, count = tile.size(), strips = (count + a.kernels.rows - 1) / a.kernels.rows;
-  C* const q = thread_scratch<C>(Slot::user0, count * a.depth);               // (count, D)
+  const int64_t q_stride = units_of<P>(a.depth);
+  P* const q = thread_scratch<P>(Slot::user0, count * q_stride);              // (count, D)
   C* const sum = thread_scratch<C>(Slot::user1, count * (a.value_cols + 2));  // (count, Dv), then l and m
   C *const l = sum + count * a.value_cols, *const m = l + count;
   C* const s = thread_scratch<C>(Slot::user2, a.kernels.rows * key_tile);  // (strip, key_tile)
-  copy_padded(head_of<const T>(a.q, b, h).block(tile.begin, 0), count, a.depth, a.depth, q);
+  P* const s_units = thread_scratch<P>(Slot::user3, a.kernels.rows * key_tile / unit);
+  rows_along(head_of<const T>(a.q, b, h).block(tile.begin, 0), count, a.depth, q_stride, q);
   std::fill(sum, m, C(0));
   std::fill(m, m + count, -std::numeric_limits<C>::infinity());
   const Range all = visible.keys_of(tile);
@@ -437,7 +486,7 @@ void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, 
       if (seen.empty() || visible.apart(queries, seen)) continue;
       const int64_t col = (seen.begin - start) / width * width,
                     cols = (seen.end - start - col + width - 1) / width * width;
-      a.scores_of(rows, cols, q + first * a.depth, a.depth, keys, start + col, s + col, key_tile);
+      a.scores_of(rows, cols, q + first * q_stride, q_stride, keys, start + col, s + col, key_tile);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = first + r;
         const Range own = visible.keys_of({tile.begin + i, tile.begin + i + 1}).intersect({start, start + key_tile});
@@ -450,8 +499,11 @@ void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, 
         }
         clear_outside(line + col, cols, {own.begin - start - col, own.end - start - col});
       }
-      a.product(rows, a.value_cols, seen.size(), 1, s + seen.begin - start, key_tile, 1,
-                values + seen.begin * a.value_cols, 1, a.value_cols, true, sum + first * a.value_cols, a.value_cols);
+      const P* const weights = probabilities(s + col, rows, cols, key_tile, s_units);  // from key start + col
+      const int64_t skip = (seen.begin - start - col) / unit, units = units_of<P>(seen.end - start - col) - skip;
+      a.product(rows, a.value_cols, units, 1, weights + skip, key_tile / unit, 1,
+                values + ((start + col) / unit + skip) * a.value_cols, 1, a.value_cols, true,
+                sum + first * a.value_cols, a.value_cols);
       for_marked(taken_out, seen, [&](int64_t j) {
         const Matrix<const T> value = head_of<const T>(a.v, b, h / a.group()).block(j, 0);
         for (int64_t r = 0; r < rows; ++r)
@@ -471,62 +523,79 @@ void attention_tile(const Attention<T, C>& a, int64_t b, int64_t h, Range tile, 
 }
 
 /// Gradients of one query head; those of k and v are added to dk (Tk, depth_cols) and dv (Tk, value_cols).
-template <class T, class C>
-void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Matrix<const T> out, Matrix<const T> dout,
-                             const C* log_sum_exp, Matrix<T> dq_out, C* dk, C* dv) {
-  constexpr int64_t key_tile = 128, query_tile = 112;
+template <class T, class P>
+void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Matrix<const T> out, Matrix<const T> dout,
+                             const sum_t<P>* log_sum_exp, Matrix<T> dq_out, sum_t<P>* dk, sum_t<P>* dv) {
+  using C = sum_t<P>;
+  using A = operand_t<P>;
+  constexpr int64_t key_tile = 128, query_tile = 112, unit = unit_size<P>;
+  constexpr bool paired = unit > 1;
   const int64_t width = a.kernels.cols, strip_rows = a.kernels.rows, dc = a.depth_cols, vc = a.value_cols;
-  const int64_t elements = a.queries * (2 * dc + vc + 1) + key_tile * (2 * dc + vc) + 2 * query_tile * key_tile;
-  const Storage storage(elements * static_cast<int64_t>(sizeof(C)) + a.queries + key_tile, Device{});
-  C* const q = static_cast<C*>(storage.data);                         // (Tq, depth_cols)
-  C *const dq = q + a.queries * dc, *const dy = dq + a.queries * dc;  // (Tq, depth_cols), (Tq, value_cols)
-  C *const k = dy + a.queries * vc, *const k_packed = k + key_tile * dc, *const v_packed = k_packed + key_tile * dc;
-  C *const p = v_packed + key_tile * vc, *const ds = p + query_tile * key_tile;  // (query_tile, key_tile)
-  C* const delta = ds + query_tile * key_tile;                                   // (Tq)
+  const int64_t query_units = units_of<P>(a.queries), d_units = units_of<P>(dc), v_units = units_of<P>(vc);
+  const Scratch<P> q_rows(a.queries * d_units), dy_rows(a.queries * v_units);  // (Tq, D), (Tq, Dv): along features
+  const Scratch<P> q_across(query_units * dc), dy_across(query_units * vc);    // the same across queries
+  const Scratch<P> key_buffer((key_tile / unit) * dc + units_of<P>(a.depth) * key_tile +
+                              units_of<P>(a.value_depth) * key_tile);
+  P *const k = key_buffer.data(), *const k_packed = k + (key_tile / unit) * dc;  // across keys; (D, key_tile) packed
+  P* const v_packed = k_packed + units_of<P>(a.depth) * key_tile;                // (Dv, key_tile) packed
+  const Scratch<A> p_buffer(2 * query_tile * key_tile);                          // p and ds (query_tile, key_tile)
+  A *const p = p_buffer.data(), *const ds = p + query_tile * key_tile;
+  const Scratch<P> across_buffer(paired ? query_tile * key_tile : 1);  // the same across queries
+  const Scratch<C> sums(a.queries * (dc + 1) + (paired ? 2 * strip_rows * key_tile : 0));
+  C *const dq = sums.data(), *const delta = dq + a.queries * dc;  // (Tq, depth_cols), (Tq)
   // Rows that hold NaN or an infinity: of q or dout (Tq), of k (key_tile).
-  uint8_t *const bad_queries = reinterpret_cast<uint8_t*>(delta + a.queries), *const bad_keys = bad_queries + a.queries;
+  const Scratch<uint8_t> marks(2 * a.queries + key_tile);
+  uint8_t *const bad_queries = marks.data(), *const bad_dout = bad_queries + a.queries,
+                 *const bad_keys = bad_dout + a.queries;
   const Visible visible = a.visible(b);
   const bool masked = a.masked(visible);
-  copy_padded(head_of<const T>(a.q, b, h), a.queries, a.depth, dc, q);
-  copy_padded(dout, a.queries, a.value_depth, vc, dy);
-  std::fill(dq, dq + a.queries * dc, C(0));
-  for (int64_t i = 0; i < a.queries; ++i) {
-    delta[i] = 0;
-    for (int64_t d = 0; d < a.value_depth; ++d) delta[i] += dy[i * vc + d] * static_cast<C>(out(i, d));
-    bad_queries[i] = !all_finite(q + i * dc, dc) || !all_finite(dy + i * vc, vc);
-  }
-  const C scale = static_cast<C>(a.scores.scale);
-  const Matrix<const T> k_head = head_of<const T>(a.k, b, h / a.group()),
+  const Matrix<const T> q_head = head_of<const T>(a.q, b, h), k_head = head_of<const T>(a.k, b, h / a.group()),
                         v_head = head_of<const T>(a.v, b, h / a.group());
+  rows_along(q_head, a.queries, a.depth, d_units, q_rows.data());
+  rows_along(dout, a.queries, a.value_depth, v_units, dy_rows.data());
+  std::fill(dq, dq + a.queries * dc, C(0));
+  mark_not_finite(q_head, a.queries, a.depth, bad_queries);
+  mark_not_finite(dout, a.queries, a.value_depth, bad_dout);
+  for (int64_t i = 0; i < a.queries; ++i) {
+    bad_queries[i] |= bad_dout[i];
+    delta[i] = 0;
+    for (int64_t d = 0; d < a.value_depth; ++d) delta[i] += static_cast<C>(dout(i, d)) * static_cast<C>(out(i, d));
+  }
+  rows_across(q_head, a.queries, a.depth, dc, bad_queries, q_across.data());
+  rows_across(dout, a.queries, a.value_depth, vc, bad_queries, dy_across.data());
+  const C scale = static_cast<C>(a.scores.scale);
   for (int64_t start = 0; start < a.keys; start += key_tile) {
     const int64_t tile_keys = std::min(key_tile, a.keys - start);
-    copy_padded(k_head.block(start, 0), tile_keys, a.depth, dc, k);
-    const Packed<C> k_t = pack(k_head.block(start, 0).t(), a.depth, tile_keys, k_packed);
-    const Packed<C> v_t = pack(v_head.block(start, 0).t(), a.value_depth, tile_keys, v_packed);
-    for (int64_t j = 0; j < tile_keys; ++j) {
-      bad_keys[j] = !all_finite(k + j * dc, dc);
-      if (bad_keys[j]) std::fill(k + j * dc, k + (j + 1) * dc, C(0));
-    }
+    mark_not_finite(k_head.block(start, 0), tile_keys, a.depth, bad_keys);
+    rows_across(k_head.block(start, 0), tile_keys, a.depth, dc, bad_keys, k);
+    const Packed<P> k_t = pack<P>(Operand(k_head.block(start, 0).t()), a.depth, tile_keys, k_packed);
+    const Packed<P> v_t = pack<P>(Operand(v_head.block(start, 0).t()), a.value_depth, tile_keys, v_packed);
     const Range seeing = visible.queries_of({start, start + tile_keys});
-    for (int64_t from = seeing.begin; from < seeing.end; from += query_tile) {
+    for (int64_t from = seeing.begin / unit * unit; from < seeing.end; from += query_tile) {
       const int64_t count = std::min(query_tile, seeing.end - from), strips = (count + strip_rows - 1) / strip_rows;
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = strip_start(count, strips, strip), rows = strip_start(count, strips, strip + 1) - first;
         const Range queries{from + first, from + first + rows};
         Range seen = visible.keys_of(queries).intersect({start, start + tile_keys});
         if (visible.apart(queries, seen)) seen.end = seen.begin;
-        C *const p_strip = p + first * key_tile, *const ds_strip = ds + first * key_tile;
+        A *const p_strip = p + first * key_tile, *const ds_strip = ds + first * key_tile;
+        C *p_sums, *ds_sums;  // in the type of sums
+        if constexpr (paired) {
+          p_sums = delta + a.queries, ds_sums = p_sums + strip_rows * key_tile;
+        } else {
+          p_sums = p_strip, ds_sums = ds_strip;
+        }
         const int64_t col = (seen.begin - start) / width * width,
                       cols = (seen.end - start - col + width - 1) / width * width;
         if (!seen.empty()) {
-          a.scores_of(rows, cols, q + (from + first) * dc, dc, k_t, col, p_strip + col, key_tile);
-          a.product_packed(rows, cols, a.value_depth, 1, dy + (from + first) * vc, vc, v_t, col, ds_strip + col,
-                           key_tile);
+          a.scores_of(rows, cols, q_rows.data() + (from + first) * d_units, d_units, k_t, col, p_sums + col, key_tile);
+          a.product_packed(rows, cols, a.value_depth, 1, dy_rows.data() + (from + first) * v_units, v_units, v_t, col,
+                           ds_sums + col, key_tile);
         }
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = from + first + r;
           const Range own = visible.keys_of({i, i + 1}).intersect(seen);
-          C *const p_row = p_strip + r * key_tile, *const ds_row = ds_strip + r * key_tile;
+          C *const p_row = p_sums + r * key_tile, *const ds_row = ds_sums + r * key_tile;
           if (!own.empty()) {
             if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
             (masked ? a.rows.backward_masked : a.rows.backward)(own.size(), p_row + own.begin - start,
@@ -534,44 +603,53 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});
+          if constexpr (paired) {
+            units_along_k<C, P>(p_row, key_tile, reinterpret_cast<P*>(p_strip + r * key_tile));
+            units_along_k<C, P>(ds_row, key_tile, reinterpret_cast<P*>(ds_strip + r * key_tile));
+          }
         }
         if (seen.empty()) continue;
-        a.product(rows, dc, seen.size(), scale, ds_strip + seen.begin - start, key_tile, 1,
-                  k + (seen.begin - start) * dc, 1, dc, true, dq + (from + first) * dc, dc);
+        const int64_t skip = (seen.begin - start) / unit, units = units_of<P>(seen.end - start) - skip;
+        a.product(rows, dc, units, scale, reinterpret_cast<const P*>(ds_strip) + skip, key_tile / unit, 1,
+                  k + skip * dc, 1, dc, true, dq + (from + first) * dc, dc);
         for_marked(bad_keys, {seen.begin - start, seen.end - start}, [&](int64_t j) {
           for (int64_t r = 0; r < rows; ++r)
             if (a.sees(visible, b, h, queries.begin + r, start + j))
-              add_scaled(a.depth, scale * ds_strip[r * key_tile + j], &k_head(start + j, 0), k_head.col_stride,
+              add_scaled(a.depth, scale * ds_sums[r * key_tile + j], &k_head(start + j, 0), k_head.col_stride,
                          dq + (queries.begin + r) * dc);
         });
       }
-      const C *q_tile = q + from * dc, *dy_tile = dy + from * vc;  // (count, dc), (count, vc)
-      if (std::memchr(bad_queries + from, 1, static_cast<std::size_t>(count))) {
-        C *const q_copy = thread_scratch<C>(Slot::user0, count * (dc + vc)), *const dy_copy = q_copy + count * dc;
-        std::copy(q_tile, q_tile + count * dc, q_copy);
-        std::copy(dy_tile, dy_tile + count * vc, dy_copy);
-        for_marked(bad_queries, {from, from + count}, [&](int64_t i) {
-          std::fill(q_copy + (i - from) * dc, q_copy + (i - from + 1) * dc, C(0));
-          std::fill(dy_copy + (i - from) * vc, dy_copy + (i - from + 1) * vc, C(0));
-          for (int64_t j = 0; j < tile_keys; ++j) {
-            if (!a.sees(visible, b, h, i, start + j)) continue;
-            const int64_t at = (i - from) * key_tile + j;
-            add_scaled(vc, p[at], dy + i * vc, 1, dv + (start + j) * vc);
-            add_scaled(dc, scale * ds[at], q + i * dc, 1, dk + (start + j) * dc);
-          }
-        });
-        q_tile = q_copy;
-        dy_tile = dy_copy;
+      for_marked(bad_queries, {from, from + count}, [&](int64_t i) {
+        for (int64_t j = 0; j < tile_keys; ++j) {
+          if (!a.sees(visible, b, h, i, start + j)) continue;
+          const int64_t at = (i - from) * key_tile + j;
+          add_scaled(a.value_depth, static_cast<C>(p[at]), &dout(i, 0), dout.col_stride, dv + (start + j) * vc);
+          add_scaled(a.depth, scale * static_cast<C>(ds[at]), &q_head(i, 0), q_head.col_stride, dk + (start + j) * dc);
+        }
+      });
+      const P *p_units, *ds_units;  // across queries
+      if constexpr (paired) {
+        P *const p_across = across_buffer.data(), *const ds_across = p_across + query_tile / unit * key_tile;
+        for (int64_t i = 0; i < count; i += unit) {
+          const int64_t next = i + 1 < count ? key_tile : -1;
+          const A *const p_row = p + i * key_tile, *const ds_row = ds + i * key_tile;
+          units_across_k<A, P>(p_row, next > 0 ? p_row + next : nullptr, key_tile, p_across + i / unit * key_tile);
+          units_across_k<A, P>(ds_row, next > 0 ? ds_row + next : nullptr, key_tile, ds_across + i / unit * key_tile);
+        }
+        p_units = p_across, ds_units = ds_across;
+      } else {
+        p_units = p, ds_units = ds;
       }
       for (int64_t key = 0; key < tile_keys; key += strip_rows) {
         const int64_t rows = std::min(strip_rows, tile_keys - key);
         const Range own{start + key, start + key + rows};
         const Range by = visible.queries_of(own).intersect({from, from + count});
         if (by.empty() || visible.apart(by, own)) continue;
-        const int64_t skip = (by.begin - from) * key_tile + key;
-        a.product(rows, vc, by.size(), 1, p + skip, 1, key_tile, dy_tile + (by.begin - from) * vc, 1, vc, true,
+        const int64_t skip = (by.begin - from) / unit, units = units_of<P>(by.end - from) - skip;
+        const int64_t at = skip * key_tile + key, row = from / unit + skip;
+        a.product(rows, vc, units, 1, p_units + at, 1, key_tile, dy_across.data() + row * vc, 1, vc, true,
                   dv + (start + key) * vc, vc);
-        a.product(rows, dc, by.size(), scale, ds + skip, 1, key_tile, q_tile + (by.begin - from) * dc, 1, dc, true,
+        a.product(rows, dc, units, scale, ds_units + at, 1, key_tile, q_across.data() + row * dc, 1, dc, true,
                   dk + (start + key) * dc, dc);
       }
     }
@@ -579,41 +657,70 @@ void attention_head_backward(const Attention<T, C>& a, int64_t b, int64_t h, Mat
   copy_out(dq, dc, a.queries, a.depth, dq_out);
 }
 
+template <class T, class P>
+void attention(const Attention<T, P>& a, const Array& out, const Array& log_sum_exp) {
+  const int64_t kv = a.batch * a.kv_heads, key_units = units_of<P>(a.depth) * a.key_cols;
+  const int64_t per_head = key_units + units_of<P>(a.keys) * a.value_cols;
+  const Scratch<P> packed(kv * per_head);         // per head: keys transposed in panels, then values across keys
+  const Scratch<uint8_t> taken_out(kv * a.keys);  // per head: values that are not finite
+  parallel_tasks(kv, [&](int64_t task) {
+    const int64_t b = task / a.kv_heads, h = task % a.kv_heads;
+    P* const own = packed.data() + task * per_head;
+    uint8_t* const marks = taken_out.data() + task * a.keys;
+    const Matrix<const T> values = head_of<const T>(a.v, b, h);
+    pack<P>(Operand(head_of<const T>(a.k, b, h).t()), a.depth, a.keys, own);
+    mark_not_finite(values, a.keys, a.value_depth, marks);
+    rows_across(values, a.keys, a.value_depth, a.value_cols, marks, own + key_units);
+  });
+  const int64_t tiles = (a.queries + 111) / 112;
+  parallel_tasks(a.batch * a.heads * tiles, [&](int64_t task) {
+    const int64_t t = tiles - 1 - task / (a.batch * a.heads), head = task % (a.batch * a.heads);  // long ones first
+    const int64_t b = head / a.heads, h = head % a.heads;
+    const Range tile{strip_start(a.queries, tiles, t), strip_start(a.queries, tiles, t + 1)};
+    const int64_t kv_head = b * a.kv_heads + h / a.group();
+    const P* const own = packed.data() + kv_head * per_head;
+    attention_tile(a, b, h, tile, {own, a.key_cols}, own + key_units, taken_out.data() + kv_head * a.keys,
+                   head_of<T>(out, b, h).block(tile.begin, 0),
+                   log_sum_exp.as<sum_t<P>>() + head * a.queries + tile.begin);
+  });
+}
+
+template <class T, class P>
+void attention_backward(const Attention<T, P>& a, const Array& out, const Array& log_sum_exp, const Array& dout,
+                        const Array& dq, const Array& dk, const Array& dv) {
+  using C = sum_t<P>;
+  // A task is one key head with all its query heads; where that gives few tasks, one query head, and the parts of dk
+  // and dv are added afterwards.
+  const int64_t per_task = a.batch * a.kv_heads >= 16 ? a.group() : 1, parts = a.group() / per_task;
+  const int64_t width = a.depth_cols + a.value_cols, part_size = a.keys * width;
+  const Scratch<C> partial(a.batch * a.kv_heads * parts * part_size);  // per task: dk (Tk, depth_cols), then dv
+  parallel_tasks(a.batch * a.kv_heads * parts, [&](int64_t task) {
+    C *const own = partial.data() + task * part_size, *const own_dv = own + a.keys * a.depth_cols;
+    std::fill(own, own + part_size, C(0));
+    for (int64_t i = 0; i < per_task; ++i) {
+      const int64_t head = task * per_task + i, b = head / a.heads, h = head % a.heads;
+      attention_head_backward(a, b, h, head_of<const T>(out, b, h), head_of<const T>(dout, b, h),
+                              log_sum_exp.as<C>() + head * a.queries, head_of<T>(dq, b, h), own, own_dv);
+    }
+  });
+  parallel_tasks(a.batch * a.kv_heads, [&](int64_t task) {
+    const int64_t b = task / a.kv_heads, h = task % a.kv_heads;
+    C* const own = partial.data() + task * parts * part_size;
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < part_size; ++i) own[i] += own[part * part_size + i];
+    copy_out(own, a.depth_cols, a.keys, a.depth, head_of<T>(dk, b, h));
+    copy_out(own + a.keys * a.depth_cols, a.value_cols, a.keys, a.value_depth, head_of<T>(dv, b, h));
+  });
+}
+
 }  // namespace detail
 
 KNOCK_FUNC void attention(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
                           const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp) {
+  if (attention_decode(scores, q, k, v, mask, documents, out, log_sum_exp)) return;
   dispatch_float(q.dtype, "scaled_dot_product_attention", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const detail::Attention<T, C> a(scores, q, k, v, mask, documents);
-    const int64_t kv = a.batch * a.kv_heads, per_head = a.depth * a.key_cols + a.keys * a.value_cols;
-    const Storage storage(kv * (per_head * static_cast<int64_t>(sizeof(C)) + a.keys), Device{});
-    C* const packed =
-        static_cast<C*>(storage.data);  // per head: keys transposed in panels, then values (Tk, value_cols)
-    uint8_t* const taken_out =
-        reinterpret_cast<uint8_t*>(packed + kv * per_head);  // per head: values that are not finite
-    parallel_tasks(kv, [&](int64_t task) {
-      const int64_t b = task / a.kv_heads, h = task % a.kv_heads;
-      C* const own = packed + task * per_head;
-      pack(detail::head_of<const T>(k, b, h).t(), a.depth, a.keys, own);
-      C* const values = own + a.depth * a.key_cols;
-      detail::copy_padded(detail::head_of<const T>(v, b, h), a.keys, a.value_depth, a.value_cols, values);
-      for (int64_t j = 0; j < a.keys; ++j) {
-        C* const value = values + j * a.value_cols;
-        taken_out[task * a.keys + j] = !detail::all_finite(value, a.value_cols);
-        if (taken_out[task * a.keys + j]) std::fill(value, value + a.value_cols, C(0));
-      }
-    });
-    const int64_t tiles = (a.queries + 111) / 112;
-    parallel_tasks(a.batch * a.heads * tiles, [&](int64_t task) {
-      const int64_t t = tiles - 1 - task / (a.batch * a.heads), head = task % (a.batch * a.heads);  // long ones first
-      const int64_t b = head / a.heads, h = head % a.heads;
-      const detail::Range tile{detail::strip_start(a.queries, tiles, t), detail::strip_start(a.queries, tiles, t + 1)};
-      const int64_t kv_head = b * a.kv_heads + h / a.group();
-      const C* const own = packed + kv_head * per_head;
-      detail::attention_tile(a, b, h, tile, {own, a.key_cols}, own + a.depth * a.key_cols, taken_out + kv_head * a.keys,
-                             detail::head_of<T>(out, b, h).block(tile.begin, 0),
-                             log_sum_exp.as<C>() + head * a.queries + tile.begin);
+    dispatch_packed<T>([&]<class P>(Type<P>) {
+      detail::attention(detail::Attention<T, P>(scores, q, k, v, mask, documents), out, log_sum_exp);
     });
   });
 }
@@ -623,31 +730,9 @@ KNOCK_FUNC void attention_backward(const AttentionScores& scores, const Array& q
                                    const Array& log_sum_exp, const Array& dout, const Array& dq, const Array& dk,
                                    const Array& dv) {
   dispatch_float(q.dtype, "scaled_dot_product_attention", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const detail::Attention<T, C> a(scores, q, k, v, mask, documents);
-    // A task is one key head with all its query heads; where that gives few tasks, one query head, and the parts of dk
-    // and dv are added afterwards.
-    const int64_t per_task = a.batch * a.kv_heads >= 16 ? a.group() : 1, parts = a.group() / per_task;
-    const int64_t width = a.depth_cols + a.value_cols, part_size = a.keys * width;
-    const Storage storage(a.batch * a.kv_heads * parts * part_size * static_cast<int64_t>(sizeof(C)), Device{});
-    C* const partial = static_cast<C*>(storage.data);  // per task: dk (Tk, depth_cols), then dv (Tk, value_cols)
-    parallel_tasks(a.batch * a.kv_heads * parts, [&](int64_t task) {
-      C *const own = partial + task * part_size, *const own_dv = own + a.keys * a.depth_cols;
-      std::fill(own, own + part_size, C(0));
-      for (int64_t i = 0; i < per_task; ++i) {
-        const int64_t head = task * per_task + i, b = head / a.heads, h = head % a.heads;
-        detail::attention_head_backward(a, b, h, detail::head_of<const T>(out, b, h),
-                                        detail::head_of<const T>(dout, b, h), log_sum_exp.as<C>() + head * a.queries,
-                                        detail::head_of<T>(dq, b, h), own, own_dv);
-      }
-    });
-    parallel_tasks(a.batch * a.kv_heads, [&](int64_t task) {
-      const int64_t b = task / a.kv_heads, h = task % a.kv_heads;
-      C* const own = partial + task * parts * part_size;
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = 0; i < part_size; ++i) own[i] += own[part * part_size + i];
-      detail::copy_out(own, a.depth_cols, a.keys, a.depth, detail::head_of<T>(dk, b, h));
-      detail::copy_out(own + a.keys * a.depth_cols, a.value_cols, a.keys, a.value_depth, detail::head_of<T>(dv, b, h));
+    dispatch_packed<T>([&]<class P>(Type<P>) {
+      detail::attention_backward(detail::Attention<T, P>(scores, q, k, v, mask, documents), out, log_sum_exp, dout, dq,
+                                 dk, dv);
     });
   });
 }

@@ -11,16 +11,16 @@
 
 namespace knock::cpu {
 
-/// out = alpha a b + beta c, for f32, f64 and bf16 (accumulated in f32).
-/// a (..., M, K), b (..., K, N), out (..., M, N) dense; the leading axes are equal (a stride of 0 broadcasts).
-/// c has the shape of out, and is not read when beta is 0; it may be `out` itself.
+/// out = alpha a b + beta c, for f32, f64 and bf16 (accumulated in f32). f32 and bf16 may be mixed: where a or b is
+/// bf16 the product is one of bf16, and out is rounded only if it is bf16 itself. a (..., M, K), b (..., K, N), out
+/// (..., M, N) dense; the leading axes are equal (a stride of 0 broadcasts). c has the shape of out, and is not read
+/// when beta is 0; it may be `out` itself.
 void gemm(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out);
 
 }  // namespace knock::cpu
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_GEMM)
 #include <knock/core/parallel.hpp>
-#include <knock/core/storage.hpp>
 #include <knock/cpu/gemm_thin.hpp>
 #include <knock/cpu/gemm_tile.hpp>
 
@@ -28,15 +28,14 @@ namespace knock::cpu {
 namespace detail {
 
 /// The matrix in the last two axes of `x` at the i-th place of its leading axes.
-template <class T>
-Matrix<T> batch_matrix(const Array& x, int64_t i) {
+inline Result batch_matrix(const Array& x, int64_t i) {
   const int64_t rank = x.rank();
   int64_t offset = 0;
   for (int64_t axis = rank - 3; axis >= 0; --axis) {
     offset += i % x.shape[axis] * x.strides[axis];
     i /= x.shape[axis];
   }
-  return {x.as<T>() + offset, x.strides[rank - 2], x.strides[rank - 1]};
+  return {x.as<char>() + offset * size_of(x.dtype), x.dtype, x.strides[rank - 2], x.strides[rank - 1]};
 }
 
 /// Whether all leading axes of x are broadcast.
@@ -71,9 +70,9 @@ struct Tiling {
 };
 
 /// Tiles of about 112 rows and up to 512 columns; narrower ones where there would be few tiles.
-template <class C>
+template <class P>
 Tiling tile(int64_t m, int64_t n) {
-  const int64_t width = micro_kernels<C>().cols;
+  const int64_t width = micro_kernels<P>().cols;
   int64_t row_tiles = (m + 111) / 112;
   if (row_tiles > 4) row_tiles = (row_tiles + 3) / 4 * 4;
   int64_t tile_cols = 512;
@@ -82,55 +81,82 @@ Tiling tile(int64_t m, int64_t n) {
 }
 
 /// A small output with long K: the parts of K are computed side by side and added in order.
-template <class T, class C>
-void gemm_long(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
-               Matrix<const T> c, Matrix<T> out) {
-  const int64_t parts = std::min<int64_t>(16, k / 1024), blocks = (k + k_block - 1) / k_block;
-  const Storage storage(parts * m * n * static_cast<int64_t>(sizeof(C)), Device{});
-  C* const partial = static_cast<C*>(storage.data);  // (parts, m, n)
+template <class P>
+void gemm_long(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operand b, sum_t<P> beta, Operand c,
+               Result out) {
+  using C = sum_t<P>;
+  const int64_t parts = std::min<int64_t>(16, k / 1024), blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
+  const Scratch<C> sums(parts * m * n);
+  C* const partial = sums.data();  // (parts, m, n)
   parallel_tasks(parts, [&](int64_t part) {
-    const int64_t begin = blocks * part / parts * k_block, end = std::min(k, blocks * (part + 1) / parts * k_block);
-    const Matrix<const T> left = a.block(0, begin), right = b.block(begin, 0);
+    const int64_t begin = blocks * part / parts * k_block_of<P>,
+                  end = std::min(k, blocks * (part + 1) / parts * k_block_of<P>);
     const Matrix<C> own{partial + part * m * n, n, 1};
-    multiply<T, C>(m, n, end - begin, alpha, left, right, C(0), own, own);
+    multiply<P>(m, n, end - begin, alpha, a.block(0, begin), b.block(begin, 0), 0, own, own);
   });
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      C sum = beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0);
-      for (int64_t part = 0; part < parts; ++part) sum += partial[(part * m + i) * n + j];
-      out(i, j) = static_cast<T>(sum);
-    }
+  for (int64_t part = 1; part < parts; ++part) {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < m * n; ++i) partial[i] += partial[part * m * n + i];
+  }
+  const Matrix<C> sum{partial, n, 1};
+  if (beta != 0) {
+    const Matrix<C> kept{partial + (parts - 1) * m * n, n, 1};  // a part that is added up already
+    scale_addend<P>(m, n, beta, c, kept);
+    for (int64_t i = 0; i < m * n; ++i) partial[i] += kept.data[i];
+  }
+  scale_addend<P>(m, n, 1, sum, out);
 }
 
 /// One matrix after the other; each over all threads.
-template <class T, class C>
-void gemm_large(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
-                Matrix<const T> c, Matrix<T> out) {
-  const Tiling tiles = tile<C>(m, n);
-  if (tiles.count() <= 8 && k >= 4096) return gemm_long<T, C>(m, n, k, alpha, a, b, beta, c, out);
+template <class P>
+void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operand b, sum_t<P> beta, Operand c,
+                Result out) {
+  const Tiling tiles = tile<P>(m, n);
+  if (tiles.count() <= 8 && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
   if (tiles.row_tiles == 1) {  // no column of b is used twice
     parallel_tasks(tiles.col_tiles, [&](int64_t t) {
       const int64_t j = t * tiles.tile_cols;
-      multiply<T, C>(m, cols_of(j), k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
+      multiply<P>(m, cols_of(j), k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
     });
     return;
   }
-  const int64_t cols = padded_cols<C>(n), k_blocks = (k + k_block - 1) / k_block;
-  const Storage storage(k * cols * static_cast<int64_t>(sizeof(C)), Device{});
-  C* packed = static_cast<C*>(storage.data);
+  const int64_t cols = padded_cols<P>(n), k_blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
+  const Scratch<P> panels(packed_size<P>(k, n));
+  P* const packed = panels.data();
   constexpr int64_t pack_cols = 128;
   const int64_t pack_tasks = (n + pack_cols - 1) / pack_cols;
   parallel_tasks(k_blocks * pack_tasks, [&](int64_t t) {
-    const int64_t p = t / pack_tasks * k_block, j = t % pack_tasks * pack_cols;
-    pack_block(b, p, std::min(k_block, k - p), j, std::min(pack_cols, n - j), packed, cols);
+    const int64_t p = t / pack_tasks * k_block_of<P>, j = t % pack_tasks * pack_cols;
+    pack_block<P>(b, p, std::min(k_block_of<P>, k - p), j, std::min(pack_cols, n - j), packed, cols);
   });
   parallel_tasks(tiles.count(), [&](int64_t t) {
     const int64_t i = strip_start(m, tiles.row_tiles, t / tiles.col_tiles), j = t % tiles.col_tiles * tiles.tile_cols;
     const int64_t rows = strip_start(m, tiles.row_tiles, t / tiles.col_tiles + 1) - i;
-    multiply_packed<T, C>(rows, cols_of(j), k, alpha, a.block(i, 0), {packed, cols}, j, beta, c.block(i, j),
-                          out.block(i, j));
+    multiply_packed<P>(rows, cols_of(j), k, alpha, a.block(i, 0), {packed, cols}, j, beta, c.block(i, j),
+                       out.block(i, j));
   });
+}
+
+/// Products of few rows; false, and nothing done, where there are many or the dtypes differ.
+inline bool gemm_few_rows(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out,
+                          int64_t batch) {
+  if (a.dtype != out.dtype || b.dtype != out.dtype || c.dtype != out.dtype) return false;
+  const int64_t rank = out.rank(), m = out.shape[rank - 2], n = out.shape[rank - 1], k = a.shape[rank - 1];
+  return dispatch_float(out.dtype, "gemm", [&]<class T>(Type<T>) {
+    return gemm_thin<T>(batch, [&](int64_t i, auto run) {
+      run(m, n, k, static_cast<compute_t<T>>(alpha), batch_matrix(a, i).as<const T>(), batch_matrix(b, i).as<const T>(),
+          static_cast<compute_t<T>>(beta), batch_matrix(c, i).as<const T>(), batch_matrix(out, i).as<T>());
+    });
+  });
+}
+
+/// Calls `body(Type<P>{})` for a product of a and b.
+template <class Body>
+void dispatch_product(const Array& a, const Array& b, const Array& out, Body&& body) {
+  if (out.dtype == DType::f64) return body(Type<double>{});
+  if (a.dtype == DType::bf16 || b.dtype == DType::bf16) return dispatch_packed<bf16>(body);
+  body(Type<float>{});
 }
 
 }  // namespace detail
@@ -150,23 +176,20 @@ KNOCK_FUNC void gemm(double alpha, const Array& a_in, const Array& b_in, double 
     }
   }
   const int64_t rank = out.rank(), m = out.shape[rank - 2], n = out.shape[rank - 1], k = a.shape[rank - 1];
-  const int64_t batch = out.numel() / (m * n);
-  dispatch_float(out.dtype, "gemm", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const auto scale = static_cast<C>(alpha), keep = static_cast<C>(beta);
+  const int64_t batch = out.numel() / (m * n), work = m * n * k;
+  if (detail::gemm_few_rows(alpha, a, b, beta, c, out, batch)) return;
+  detail::dispatch_product(a, b, out, [&]<class P>(Type<P>) {
     const auto operands = [&](int64_t i, auto run) {
-      run(m, n, k, scale, detail::batch_matrix<const T>(a, i), detail::batch_matrix<const T>(b, i), keep,
-          detail::batch_matrix<const T>(c, i), detail::batch_matrix<T>(out, i));
+      run(m, n, k, static_cast<sum_t<P>>(alpha), detail::batch_matrix(a, i), detail::batch_matrix(b, i),
+          static_cast<sum_t<P>>(beta), detail::batch_matrix(c, i), detail::batch_matrix(out, i));
     };
-    if (detail::gemm_thin<T>(batch, operands)) return;
-    const int64_t work = m * n * k;
     if (m <= 112 && (batch > 1 || work < 32 * 32 * 32)) {  // small matrices: several to a task
       parallel_for(batch, std::max<int64_t>(1, 64 * 64 * 64 * 4 / std::max<int64_t>(work, 1)),
                    [&](int64_t begin, int64_t end) {
-                     for (int64_t i = begin; i < end; ++i) operands(i, multiply<T, C, T>);
+                     for (int64_t i = begin; i < end; ++i) operands(i, multiply<P>);
                    });
     } else {
-      for (int64_t i = 0; i < batch; ++i) operands(i, detail::gemm_large<T, C>);
+      for (int64_t i = 0; i < batch; ++i) operands(i, detail::gemm_large<P>);
     }
   });
 }

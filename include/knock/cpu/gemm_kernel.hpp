@@ -9,9 +9,13 @@
 //   avx2      16 registers:   6 x 2 vectors of results + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8
 //   portable  16 registers:   4 x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4
 //
+// bf16 comes in pairs of neighbours along K where the machine has dot products of pairs (vdpbf16ps: two products a lane
+// and step, added up in f32): the same 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
+//
 // Fewer rows have kernels of their own, so that the rows of a block are shared out evenly. The structure around it is
 // that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
 
+#include <knock/core/dtype.hpp>
 #include <knock/cpu/isa.hpp>
 
 #include <cstdint>
@@ -19,44 +23,76 @@
 
 namespace knock::cpu {
 
+/// Two neighbours along K.
+struct Pair {
+  bf16 first, second;
+};
+
+/// What micro-kernels multiply: float, double or Pair. A unit stands for this many elements along K.
+template <class P>
+inline constexpr int64_t unit_size = std::is_same_v<P, Pair> ? 2 : 1;
+
+/// The type that products of P are added up in.
+template <class P>
+using sum_t = std::conditional_t<std::is_same_v<P, Pair>, float, P>;
+
+/// The elements that units of P hold: bf16 for Pair, P itself otherwise.
+template <class P>
+using operand_t = std::conditional_t<std::is_same_v<P, Pair>, bf16, P>;
+
 /// Results of one call of a micro-kernel: out = alpha * acc + beta * addend, NR columns wide.
-template <class T>
+template <class C>
 struct MicroOutput {
-  T* out;
+  C* out;
   int64_t out_stride;  ///< from row to row
-  const T* addend;     ///< not read when beta is 0
+  const C* addend;     ///< not read when beta is 0
   int64_t addend_stride;
-  T alpha, beta;
+  C alpha, beta;
+  bf16* rounded = nullptr;  ///< takes the results, rounded, in place of out (f32 only)
+
+  /// The same from row i on.
+  MicroOutput below(int64_t i) const {
+    MicroOutput at = *this;
+    if (out) at.out += i * out_stride;
+    if (addend) at.addend += i * addend_stride;
+    if (rounded) at.rounded += i * out_stride;
+    return at;
+  }
 };
 
 /// k steps; a(i, p) at a[i * a_row + p * a_step], b(p, j) at b[p * b_step + j].
-template <class T>
-using MicroKernel = void (*)(int64_t k, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,
-                             const MicroOutput<T>& to);
+template <class P>
+using MicroKernel = void (*)(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,
+                             const MicroOutput<sum_t<P>>& to);
 
-/// Dot products of r rows of a with 4 columns of b, both contiguous along k: sums[i * 4 + j] = sum_p a(i, p) b(p, j),
-/// where a(i, p) is a[i * a_row + p] and b(p, j) is b[j * b_col + p]. For products with few rows, where packing b would
-/// cost more than the product.
-template <class T>
-using DotKernel = void (*)(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_col, T* sums);
+inline constexpr int max_micro_rows = 14;
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, `dot[r - 1]` r rows of 4 columns.
-template <class T>
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows.
+template <class P>
 struct MicroKernels {
   int64_t rows, cols;
-  MicroKernel<T> run[14];
-  DotKernel<T> dot[4];
+  MicroKernel<P> run[max_micro_rows];
 };
 
-/// The micro-kernels of the instruction set in use.
+/// The micro-kernels of the instruction set in use; those of Pair only where it has them.
 const MicroKernels<float>& micro_kernels_f32();
 const MicroKernels<double>& micro_kernels_f64();
-template <class T>
-const MicroKernels<T>& micro_kernels() {
-  if constexpr (std::is_same_v<T, float>) {
-    return micro_kernels_f32();
+const MicroKernels<Pair>& micro_kernels_pair();
+template <class P>
+const MicroKernels<P>& micro_kernels() {
+  if constexpr (std::is_same_v<P, float>) return micro_kernels_f32();
+  if constexpr (std::is_same_v<P, double>) return micro_kernels_f64();
+  if constexpr (std::is_same_v<P, Pair>) return micro_kernels_pair();
+}
+
+/// Calls `body(Type<P>{})` with what products of T are made of in the instruction set in use.
+template <class T, class Body>
+decltype(auto) dispatch_packed(Body&& body) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (isa() >= Isa::avx512_bf16) return body(Type<Pair>{});
+    return body(Type<float>{});
   } else {
-    return micro_kernels_f64();
+    return body(Type<T>{});
   }
 }
 
@@ -76,14 +112,30 @@ struct VectorOf {
   static constexpr int lanes = bytes / static_cast<int>(sizeof(T));
 };
 
+/// to = value in bf16, rounded as in core/dtype.hpp.
+template <int bytes>
+__attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type& value, bf16* to) {
+  using Bits = typename VectorOf<uint32_t, bytes>::Type;
+  typedef uint16_t Half __attribute__((vector_size(bytes / 2), aligned(2), may_alias));
+  const Bits bits = reinterpret_cast<Bits>(value), upper = bits >> 16;
+  const Bits rounded = (bits + 0x7fffU + (upper & 1U)) >> 16;
+  *reinterpret_cast<Half*>(to) = __builtin_convertvector(value == value ? rounded : upper | 0x40U, Half);
+}
+
 #define KNOCK_UNROLL _Pragma("GCC unroll 16")
 
+// acc += factor * b, where acc is a vector of sums.
+#define KNOCK_ADD_PRODUCT(acc, factor, b) acc += factor * b
+// The same for pairs: b holds a pair in each lane, factor is one.
+#define KNOCK_ADD_DOT_PRODUCT(acc, factor, b) \
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(std::bit_cast<int>(factor) - VectorOf<int, 64>::Type{}))
+
 // One text, compiled once per instruction set.
-#define KNOCK_MICRO_KERNEL(name, target, bytes)                                                                        \
-  template <class T, int rows>                                                                                         \
-  target void name(int64_t k, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step,                   \
-                   const MicroOutput<T>& to) {                                                                         \
-    using Vector = VectorOf<T, bytes>;                                                                                 \
+#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT)                                                           \
+  template <class P, int rows>                                                                                         \
+  target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,                   \
+                   const MicroOutput<sum_t<P>>& to) {                                                                  \
+    using Vector = VectorOf<sum_t<P>, bytes>;                                                                          \
     constexpr int lanes = Vector::lanes;                                                                               \
     KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                      \
       __builtin_prefetch(to.out + i * to.out_stride, 1);                                                               \
@@ -94,9 +146,9 @@ struct VectorOf {
       const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);                        \
       const typename Vector::Type b1 = *reinterpret_cast<const typename Vector::Unaligned*>(b + lanes);                \
       KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                    \
-        const T factor = a[i * a_row];                                                                                 \
-        acc[i][0] += factor * b0;                                                                                      \
-        acc[i][1] += factor * b1;                                                                                      \
+        const P factor = a[i * a_row];                                                                                 \
+        ADD_PRODUCT(acc[i][0], factor, b0);                                                                            \
+        ADD_PRODUCT(acc[i][1], factor, b1);                                                                            \
       }                                                                                                                \
       a += a_step;                                                                                                     \
       b += b_step;                                                                                                     \
@@ -107,74 +159,62 @@ struct VectorOf {
         if (to.beta != 0)                                                                                              \
           value += to.beta *                                                                                           \
                    *reinterpret_cast<const typename Vector::Unaligned*>(to.addend + i * to.addend_stride + j * lanes); \
+        if constexpr (std::is_same_v<sum_t<P>, float>) {                                                               \
+          if (to.rounded) {                                                                                            \
+            store_rounded<bytes>(value, to.rounded + i * to.out_stride + j * lanes);                                   \
+            continue;                                                                                                  \
+          }                                                                                                            \
+        }                                                                                                              \
         *reinterpret_cast<typename Vector::Unaligned*>(to.out + i * to.out_stride + j * lanes) = value;                \
       }                                                                                                                \
     }                                                                                                                  \
   }
 
-#define KNOCK_DOT_KERNEL(name, target, bytes)                                                                         \
-  template <class T, int rows>                                                                                        \
-  target void name(int64_t k, const T* a, int64_t a_row, const T* b, int64_t b_col, T* sums) {                        \
-    using Vector = VectorOf<T, bytes>;                                                                                \
-    constexpr int lanes = Vector::lanes;                                                                              \
-    typename Vector::Type acc[rows][4] = {};                                                                          \
-    int64_t p = 0;                                                                                                    \
-    for (; p + lanes <= k; p += lanes) KNOCK_UNROLL for (int j = 0; j < 4; ++j) {                                     \
-        const typename Vector::Type column = *reinterpret_cast<const typename Vector::Unaligned*>(b + j * b_col + p); \
-        KNOCK_UNROLL for (int i = 0; i < rows; ++i) acc[i][j] +=                                                      \
-            *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p) * column;                         \
-      }                                                                                                               \
-    for (int i = 0; i < rows; ++i)                                                                                    \
-      for (int j = 0; j < 4; ++j) {                                                                                   \
-        T sum = 0;                                                                                                    \
-        for (int64_t q = p; q < k; ++q) sum += a[i * a_row + q] * b[j * b_col + q];                                   \
-        for (int lane = 0; lane < lanes; ++lane) sum += acc[i][j][lane];                                              \
-        sums[i * 4 + j] = sum;                                                                                        \
-      }                                                                                                               \
-  }
-
-KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16)
-KNOCK_DOT_KERNEL(dot_portable, KNOCK_TARGET_PORTABLE, 16)
+KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT)
 #if KNOCK_X86
-KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32)
-KNOCK_DOT_KERNEL(dot_avx2, KNOCK_TARGET_AVX2, 32)
-KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64)
-KNOCK_DOT_KERNEL(dot_avx512, KNOCK_TARGET_AVX512, 64)
+KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32, KNOCK_ADD_PRODUCT)
+KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT)
+KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT)
 #endif
 #undef KNOCK_MICRO_KERNEL
-#undef KNOCK_DOT_KERNEL
+#undef KNOCK_ADD_PRODUCT
+#undef KNOCK_ADD_DOT_PRODUCT
 #undef KNOCK_UNROLL
 
 template <class T, int... i>
 const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
   constexpr int bytes = static_cast<int>(sizeof(T));
   static constexpr MicroKernels<T> portable{
-      4,
-      32 / bytes,
-      {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...},
-      {dot_portable<T, 1>, dot_portable<T, 2>, dot_portable<T, 3>, dot_portable<T, 4>}};
+      4, 32 / bytes, {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...}};
 #if KNOCK_X86
-  static constexpr MicroKernels<T> avx2{6,
-                                        64 / bytes,
-                                        {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...},
-                                        {dot_avx2<T, 1>, dot_avx2<T, 2>, dot_avx2<T, 3>, dot_avx2<T, 4>}};
-  static constexpr MicroKernels<T> avx512{14,
-                                          128 / bytes,
-                                          {micro_avx512<T, i + 1>...},
-                                          {dot_avx512<T, 1>, dot_avx512<T, 2>, dot_avx512<T, 3>, dot_avx512<T, 4>}};
+  static constexpr MicroKernels<T> avx2{6, 64 / bytes, {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...}};
+  static constexpr MicroKernels<T> avx512{14, 128 / bytes, {micro_avx512<T, i + 1>...}};
   if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
   return portable;
 }
 
+template <int... i>
+const MicroKernels<Pair>& pair_kernels(std::integer_sequence<int, i...>) {
+#if KNOCK_X86
+  static constexpr MicroKernels<Pair> avx512{14, 32, {micro_avx512_bf16<Pair, i + 1>...}};
+  return avx512;
+#else
+  fail("gemm", "no dot products of bf16 on this kind of machine");
+#endif
+}
+
 }  // namespace detail
 
 KNOCK_FUNC const MicroKernels<float>& micro_kernels_f32() {
-  return detail::kernels_of<float>(isa(), std::make_integer_sequence<int, 14>());
+  return detail::kernels_of<float>(isa(), std::make_integer_sequence<int, max_micro_rows>());
 }
 KNOCK_FUNC const MicroKernels<double>& micro_kernels_f64() {
-  return detail::kernels_of<double>(isa(), std::make_integer_sequence<int, 14>());
+  return detail::kernels_of<double>(isa(), std::make_integer_sequence<int, max_micro_rows>());
+}
+KNOCK_FUNC const MicroKernels<Pair>& micro_kernels_pair() {
+  return detail::pair_kernels(std::make_integer_sequence<int, max_micro_rows>());
 }
 
 }  // namespace knock::cpu

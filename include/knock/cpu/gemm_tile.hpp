@@ -3,15 +3,19 @@
 //
 // K is walked in blocks; b lies in panels as wide as the micro-kernel (one panel of a block of K fills two thirds of
 // the L1 cache), a tile of rows of a stays in the L2 cache, and the micro-kernel (cpu/gemm_kernel.hpp) keeps its
-// results in registers. a is read where it lies when its rows are contiguous. bf16 becomes f32 as it is packed.
+// results in registers. a is read where it lies when that suits the caches.
+//
+// P is what the micro-kernel multiplies: float, double, or Pair (two bf16 that are neighbours along K). Packing brings
+// any operand there: bf16 is widened to float, f32 is rounded to Pair, so that f32 weights meet bf16 activations
+// without a copy in between. The loops know operands by their dtype at run time; only packing is compiled for each.
 //
 // For kernels to build on: included in their bodies only.
 
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm_kernel.hpp>
+#include <knock/cpu/scratch.hpp>
 
 #include <algorithm>
-#include <new>
 
 namespace knock::cpu {
 
@@ -27,83 +31,187 @@ struct Matrix {
   operator Matrix<const T>() const { return {data, row_stride, col_stride}; }
 };
 
-/// Steps of K between two visits of an output tile.
+/// A matrix to read whose type is known when the program runs.
+struct Operand {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t row_stride = 0, col_stride = 1;
+
+  Operand() = default;
+  Operand(const void* d, DType type, int64_t rows, int64_t cols)
+      : data(d), dtype(type), row_stride(rows), col_stride(cols) {}
+  template <class T>
+  Operand(const Matrix<T>& m) : Operand(m.data, dtype_of<T>(), m.row_stride, m.col_stride) {}
+
+  template <class T>
+  Matrix<const T> as() const {
+    return {static_cast<const T*>(data), row_stride, col_stride};
+  }
+  Operand t() const { return {data, dtype, col_stride, row_stride}; }
+  Operand block(int64_t i, int64_t j) const {
+    return {static_cast<const char*>(data) + (i * row_stride + j * col_stride) * size_of(dtype), dtype, row_stride,
+            col_stride};
+  }
+};
+
+/// A matrix to write: f32 or f64, as the products of P, or bf16.
+struct Result : Operand {
+  using Operand::Operand;
+  template <class T>
+  Result(const Matrix<T>& m) : Operand(m) {}
+
+  template <class T>
+  Matrix<T> as() const {
+    return {static_cast<T*>(const_cast<void*>(data)), row_stride, col_stride};
+  }
+  Result block(int64_t i, int64_t j) const {
+    const Operand at = Operand::block(i, j);
+    return {at.data, dtype, row_stride, col_stride};
+  }
+};
+
+/// Units of K between two visits of an output tile.
 inline constexpr int64_t k_block = 256;
+/// The same in elements.
+template <class P>
+inline constexpr int64_t k_block_of = k_block* unit_size<P>;
+
+/// Units that hold `depth` elements along K.
+template <class P>
+constexpr int64_t units_of(int64_t depth) {
+  return (depth + unit_size<P> - 1) / unit_size<P>;
+}
 
 /// Columns of packed panels: n rounded up to whole ones.
-template <class C>
+template <class P>
 int64_t padded_cols(int64_t n) {
-  const int64_t width = micro_kernels<C>().cols;
+  const int64_t width = micro_kernels<P>().cols;
   return (n + width - 1) / width * width;
 }
 
-/// A (K, N) matrix in panels: for every block of K, panels of (block, width) elements, zeros beyond N. C is float or
-/// double.
-template <class C>
+/// A (K, N) matrix in panels: for every block of K, panels of (block, width) units, zeros beyond N.
+template <class P>
 struct Packed {
-  const C* data = nullptr;
+  const P* data = nullptr;
   int64_t cols = 0;  ///< padded_cols(N)
 
-  /// Rows from `p` (a multiple of k_block, `depth` of them) of the panel that starts at column `col`.
-  const C* panel(int64_t p, int64_t depth, int64_t col) const { return data + p * cols + col * depth; }
+  /// `depth` units from unit `p` (a multiple of k_block) of the panel that starts at column `col`.
+  const P* panel(int64_t p, int64_t depth, int64_t col) const { return data + p * cols + col * depth; }
 };
 
-/// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a multiple of k_block (and depth at most that)
-/// and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns.
-template <class T, class C>
-void pack_block(Matrix<const T> b, int64_t p, int64_t depth, int64_t col, int64_t n, C* packed, int64_t cols);
+/// Units of a packed (K, N) matrix.
+template <class P>
+int64_t packed_size(int64_t k, int64_t n) {
+  return units_of<P>(k) * padded_cols<P>(n);
+}
 
-/// Packs all of b (k, n) into k * padded_cols(n) elements, on this thread.
-template <class T, class C>
-Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed);
+/// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a multiple of k_block_of<P> (and depth at most
+/// that) and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns.
+template <class P>
+void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols);
+
+/// Packs all of b (k, n) into packed_size(k, n) units, on this thread.
+template <class P>
+Packed<P> pack(Operand b, int64_t k, int64_t n, P* packed);
+
+/// Rows of a as the micro-kernel reads them: unit (i, p) is data[i * row_stride + p * step].
+template <class P>
+struct Left {
+  const P* data;
+  int64_t row_stride, step;
+};
+
+/// Units from row to row of a copy of rows of k elements that lies well in the caches.
+template <class P>
+int64_t row_units(int64_t k) {
+  return units_of<P>(k) + 16;
+}
 
 /// out = alpha a b + beta c on this thread, with columns [col, col + n) of a packed b; col is a multiple of the panel
-/// width.
-template <class T, class C, class Out>
-void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
-                     std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out);
+/// width. c is not read when beta is 0; it may be out itself.
+template <class P>
+void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Packed<P> b, int64_t col,
+                     sum_t<P> beta, Operand c, Result out);
 
-/// out (m, n) = alpha a b + beta c on this thread; packs what must be packed. Out may be T or C.
-template <class T, class C, class Out>
-void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
-              std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out);
+/// The same with rows of a that are units already, k of them side by side.
+template <class P>
+void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Left<P> a, Packed<P> b, int64_t col,
+                     sum_t<P> beta, Operand c, Result out);
 
-/// Scratch memory of this thread, 64-byte aligned; `slot` tells apart what is in use at the same time. It lasts until
-/// the next call with the slot.
-enum class Slot : uint8_t { left, right, tile, edge, user0, user1, user2, user3, count };
-template <class C>
-C* thread_scratch(Slot slot, int64_t count) {
-  struct Buffer {
-    void* data = nullptr;
-    int64_t bytes = 0;
-    ~Buffer() { ::operator delete (data, std::align_val_t{64}); }
-  };
-  thread_local Buffer buffers[static_cast<int>(Slot::count)];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  const int64_t bytes = count * static_cast<int64_t>(sizeof(C));
-  if (buffer.bytes < bytes) {
-    ::operator delete (buffer.data, std::align_val_t{64});
-    buffer = {};
-    buffer.data = ::operator new (static_cast<std::size_t>(bytes), std::align_val_t{64});
-    buffer.bytes = bytes;
-  }
-  return static_cast<C*>(buffer.data);
-}
+/// The same, packing what of b must be packed.
+template <class P>
+void multiply(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operand b, sum_t<P> beta, Operand c,
+              Result out);
 
 namespace detail {
 
-/// Four rows of four elements, from and to, transposed on the way.
-template <class T, class C>
-void transpose_4x4(const T* from, int64_t from_stride, C* to, int64_t to_stride) {
-  typedef C Four __attribute__((vector_size(4 * sizeof(C))));
-  typedef C FourAnywhere __attribute__((vector_size(4 * sizeof(C)), aligned(alignof(C)), may_alias));
+/// Calls `body` with x as a Matrix<const T> of its dtype. f64 only meets f64.
+template <class P, class Body>
+void with_type(Operand x, Body&& body) {
+  if constexpr (std::is_same_v<P, double>) {
+    body(x.as<double>());
+  } else if (x.dtype == DType::bf16) {
+    body(x.as<bf16>());
+  } else {
+    body(x.as<float>());
+  }
+}
+
+/// to[u] = the units of n elements that lie side by side along K.
+template <class T, class P>
+void units_along_k(const T* from, int64_t n, P* to) {
+  if constexpr (std::is_same_v<P, Pair>) {
+    bf16* const out = reinterpret_cast<bf16*>(to);
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<bf16>(from[i]);
+    if (n % 2 != 0) out[n] = bf16();
+  } else {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<P>(from[i]);
+  }
+}
+
+/// to[j] = the unit of column j: its elements in the rows `first` and, for pairs, `second` (null: zeros).
+template <class T, class P>
+void units_across_k(const T* first, const T* second, int64_t n, P* to) {
+  if constexpr (std::is_same_v<P, Pair>) {
+    if (second) {
+      KNOCK_SIMD
+      for (int64_t j = 0; j < n; ++j) to[j] = {static_cast<bf16>(first[j]), static_cast<bf16>(second[j])};
+    } else {
+      for (int64_t j = 0; j < n; ++j) to[j] = {static_cast<bf16>(first[j]), bf16()};
+    }
+  } else {
+    KNOCK_SIMD
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<P>(first[j]);
+  }
+}
+
+/// The unit at column j, from row p of b, of which `depth` rows are there.
+template <class T, class P>
+P unit_at(Matrix<const T> b, int64_t p, int64_t j, int64_t depth) {
+  if constexpr (std::is_same_v<P, Pair>) {
+    return {static_cast<bf16>(b(p, j)), p + 1 < depth ? static_cast<bf16>(b(p + 1, j)) : bf16()};
+  } else {
+    return static_cast<P>(b(p, j));
+  }
+}
+
+/// Four columns of four units, contiguous along K in b, to four rows of a panel.
+template <class T, class P>
+void transpose_4x4(const T* from, int64_t from_stride, P* to, int64_t to_stride) {
+  using Lane = std::conditional_t<std::is_same_v<P, Pair>, uint32_t, P>;
+  typedef Lane Four __attribute__((vector_size(4 * sizeof(Lane))));
+  typedef Lane FourAnywhere __attribute__((vector_size(4 * sizeof(Lane)), aligned(alignof(P)), may_alias));
   Four row[4];
   for (int64_t i = 0; i < 4; ++i) {
-    const T* at = from + i * from_stride;
-    if constexpr (std::is_same_v<T, C>) {
+    const T* const at = from + i * from_stride;
+    if constexpr (sizeof(T) * unit_size<P> == sizeof(P)) {  // the same bits
       row[i] = *reinterpret_cast<const FourAnywhere*>(at);
     } else {
-      row[i] = Four{static_cast<C>(at[0]), static_cast<C>(at[1]), static_cast<C>(at[2]), static_cast<C>(at[3])};
+      P units[4];
+      units_along_k<T, P>(at, 4 * unit_size<P>, units);
+      row[i] = *reinterpret_cast<const FourAnywhere*>(units);
     }
   }
   const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
@@ -116,205 +224,256 @@ void transpose_4x4(const T* from, int64_t from_stride, C* to, int64_t to_stride)
   *reinterpret_cast<FourAnywhere*>(to + 3 * to_stride) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
 }
 
-/// to (rows, width) = from (rows, n), with zeros from column n on.
-template <class T, class C>
-void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t n, int64_t width, C* to) {
-  for (int64_t i = 0; i < rows; ++i, from += stride, to += width) {
-    KNOCK_SIMD
-    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<C>(from[j]);
-    for (int64_t j = n; j < width; ++j) to[j] = 0;
+/// to[u * width + j] = unit u of b's column j for j < n, and 0 up to width.
+template <class T, class P>
+void pack_panel(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P* to) {
+  constexpr int64_t unit = unit_size<P>;
+  if (b.col_stride == 1) {
+    for (int64_t p = 0; p < depth; p += unit, to += width) {
+      const T* const row = b.data + p * b.row_stride;
+      units_across_k<T, P>(row, p + 1 < depth ? row + b.row_stride : nullptr, n, to);
+      std::fill(to + n, to + width, P());
+    }
+    return;
   }
-}
-
-/// to[p * width + j] = b(p, j) for j < n, and 0 up to width.
-template <class T, class C>
-void pack_panel(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, C* to) {
-  if (b.col_stride == 1) return copy_rows(b.data, b.row_stride, depth, n, width, to);
-  const int64_t square_depth = b.row_stride == 1 ? depth / 4 * 4 : 0, square_cols = n / 4 * 4;
-  for (int64_t p = 0; p < square_depth; p += 16)  // a cache line of every column of b at a time
+  const int64_t square_depth = b.row_stride == 1 ? depth / unit / 4 * 4 : 0, square_cols = n / 4 * 4;
+  for (int64_t u = 0; u < square_depth; u += 16)  // a cache line of every column of b at a time
     for (int64_t j = 0; j < square_cols; j += 4)
-      for (int64_t q = p; q < std::min(p + 16, square_depth); q += 4)
-        transpose_4x4(b.data + q + j * b.col_stride, b.col_stride, to + q * width + j, width);
-  for (int64_t p = 0; p < depth; ++p)
-    for (int64_t j = p < square_depth ? square_cols : 0; j < width; ++j)
-      to[p * width + j] = j < n ? static_cast<C>(b(p, j)) : C(0);
+      for (int64_t q = u; q < std::min(u + 16, square_depth); q += 4)
+        transpose_4x4(b.data + q * unit + j * b.col_stride, b.col_stride, to + q * width + j, width);
+  for (int64_t u = 0; u < units_of<P>(depth); ++u)
+    for (int64_t j = u < square_depth ? square_cols : 0; j < width; ++j)
+      to[u * width + j] = j < n ? unit_at<T, P>(b, u * unit, j, depth) : P();
 }
 
 /// Row tiles are split into strips of nearly equal height, at most `rows`: strip s starts here.
 inline int64_t strip_start(int64_t m, int64_t strips, int64_t s) { return m * s / strips; }
 
-/// A tile of a as the micro-kernel reads it: element (i, p) is data[i * row_stride + p * step].
-template <class C>
-struct Left {
-  const C* data;
-  int64_t row_stride, step;
-};
+/// Whether rows this far apart meet in so few sets of the L1 cache that a strip of them drives the panel out.
+inline bool crowded(int64_t stride_bytes) { return stride_bytes % 2048 == 0; }
 
-/// a's rows [0, m) and columns [0, depth): in place where its lines are contiguous elements of C that lie well in the
-/// caches, otherwise copied line by line.
-template <class T, class C>
-Left<C> left_tile(Matrix<const T> a, int64_t m, int64_t depth) {
-  constexpr int64_t page = 4096 / static_cast<int64_t>(sizeof(C));
+/// a's rows [0, m) and columns [0, depth): in place where its lines hold units of P that lie well in the caches,
+/// otherwise copied line by line.
+template <class P>
+Left<P> left_tile(Operand a, int64_t m, int64_t depth) {
+  constexpr int64_t unit = unit_size<P>, unit_bytes = static_cast<int64_t>(sizeof(P));
   const bool by_row = a.col_stride == 1 || depth == 1, by_column = a.row_stride == 1;
-  if constexpr (std::is_same_v<T, C>) {
-    const bool collide = a.row_stride % page == 0;  // all rows at one place of the L1 cache
-    if (by_row && (!collide || m <= 4)) return {a.data, a.row_stride, 1};
-    if (by_column && a.col_stride <= page / 4) return {a.data, 1, a.col_stride};
+  if (size_of(a.dtype) * unit == unit_bytes && depth % unit == 0 && a.row_stride % unit == 0) {
+    if (by_row && (m <= 4 || !crowded(a.row_stride * unit_bytes / unit)))
+      return {static_cast<const P*>(a.data), a.row_stride / unit, 1};
+    if (by_column && unit == 1 && a.col_stride * unit_bytes <= 1024)
+      return {static_cast<const P*>(a.data), 1, a.col_stride};
   }
-  C* to = thread_scratch<C>(Slot::left, (m + 16) * (depth + 16));
-  if (by_column && !by_row) {
-    copy_rows(a.data, a.col_stride, depth, m, m, to);
-    return {to, 1, m};
-  }
-  const int64_t width = depth + 16;
-  if (by_row) {
-    copy_rows(a.data, a.row_stride, m, depth, width, to);
-  } else {
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t p = 0; p < depth; ++p) to[i * width + p] = static_cast<C>(a(i, p));
-  }
+  const int64_t units = units_of<P>(depth), width = row_units<P>(depth);
+  P* const to = thread_scratch<P>(Slot::left, std::max(m * width, units * m));
+  with_type<P>(a, [&]<class T>(Matrix<const T> from) {
+    if (by_column && !by_row) {
+      pack_panel<T, P>(from.t(), depth, m, m, to);
+    } else if (by_row) {
+      for (int64_t i = 0; i < m; ++i) units_along_k<T, P>(from.data + i * from.row_stride, depth, to + i * width);
+    } else {
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t u = 0; u < units; ++u) to[i * width + u] = unit_at<T, P>(from.t(), u * unit, i, depth);
+    }
+  });
+  if (by_column && !by_row) return {to, 1, m};
   return {to, width, 1};
 }
 
 /// One tile of one block of K: every strip of a with every panel of b.
-template <class C>
-void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<C>& a, int64_t strips, const C* b,
-                    int64_t panel_stride, int64_t b_step, MicroOutput<C> to) {
-  const MicroKernels<C>& kernels = micro_kernels<C>();
+template <class P>
+void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<P>& a, const P* b, int64_t panel_stride,
+                    int64_t b_step, const MicroOutput<sum_t<P>>& to) {
+  using C = sum_t<P>;
+  const MicroKernels<P>& kernels = micro_kernels<P>();
+  const int64_t strips = (m + kernels.rows - 1) / kernels.rows;
   for (int64_t col = 0; col < n; col += kernels.cols) {
     const int64_t cols = std::min(kernels.cols, n - col);
-    const C* panel = b + col * panel_stride;
+    const P* const panel = b + col * panel_stride;
     for (int64_t s = 0; s < strips; ++s) {
       const int64_t start = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - start;
+      const P* const strip = a.data + start * a.row_stride;
       MicroOutput<C> part = to;
-      part.out += start * to.out_stride + col;
       if (to.beta != 0) part.addend += start * to.addend_stride + col;
-      const C* strip = a.data + start * a.row_stride;
+      if (to.rounded) {
+        part.rounded += start * to.out_stride + col;
+      } else {
+        part.out += start * to.out_stride + col;
+      }
       if (cols == kernels.cols) {
         kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step, part);
         continue;
       }
-      C* edge = thread_scratch<C>(Slot::edge, rows * kernels.cols);
+      C* const edge = thread_scratch<C>(Slot::edge, rows * kernels.cols);
       kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step,
                             {edge, kernels.cols, nullptr, 0, to.alpha, 0});
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
           C value = edge[i * kernels.cols + j];
           if (to.beta != 0) value += to.beta * part.addend[i * to.addend_stride + j];
-          part.out[i * to.out_stride + j] = value;
+          if (to.rounded) {
+            part.rounded[i * to.out_stride + j] = static_cast<bf16>(static_cast<float>(value));
+          } else {
+            part.out[i * to.out_stride + j] = value;
+          }
         }
     }
   }
 }
 
 /// out = beta addend, for K = 0 and as a start.
-template <class From, class C, class To>
-void scale_addend(int64_t m, int64_t n, C beta, Matrix<const From> c, Matrix<To> out) {
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<To>(beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0));
+template <class P>
+void scale_addend(int64_t m, int64_t n, sum_t<P> beta, Operand c, Result out) {
+  using C = sum_t<P>;
+  with_type<P>(out, [&]<class To>(Matrix<const To>) {
+    with_type<P>(c, [&]<class From>(Matrix<const From> from) {
+      const Matrix<To> to = out.as<To>();
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j)
+          to(i, j) = static_cast<To>(beta != 0 ? beta * static_cast<C>(from(i, j)) : C(0));
+    });
+  });
 }
 
-/// Where a tile's results are added up: out itself, or a tile of C that is converted to out at the end.
-template <class C, class Out>
-struct Accumulator {
-  MicroOutput<C> first, next;  ///< for the first block of K and for the later ones
-  bool staged;
+/// Where a tile's results are added up from one block of K to the next: in out itself, or in a tile of sums that
+/// becomes out at the end.
+template <class P>
+class Accumulator {
+  using C = sum_t<P>;
 
-  Accumulator(int64_t m, int64_t n, C alpha, C beta, Matrix<const Out> c, Matrix<Out> out) {
-    if constexpr (std::is_same_v<Out, C>) {
-      staged = out.col_stride != 1 || (beta != 0 && c.col_stride != 1);
-      if (!staged) first = {out.data, out.row_stride, c.data, c.row_stride, alpha, beta};
-    } else {
-      staged = true;
+ public:
+  Accumulator(int64_t m, int64_t n, bool one_block, C alpha, C beta, Operand c, Result out, Slot tile = Slot::tile)
+      : m_(m), n_(n), alpha_(alpha), beta_(beta), out_(out) {
+    const bool dense = out.col_stride == 1, is_sum = out.dtype == dtype_of<C>();
+    rounds_ = dense && out.dtype == DType::bf16;
+    if (dense && is_sum && (beta == 0 || (c.dtype == out.dtype && c.col_stride == 1))) {
+      sums_ = out.as<C>();
+      addend_ = c.as<C>();
+    } else if (!rounds_ || !one_block || beta != 0) {
+      const int64_t stride = padded_cols<P>(n);
+      sums_ = {thread_scratch<C>(tile, m * stride), stride, 1};
+      staged_ = !rounds_;
+      if (beta != 0) scale_addend<P>(m, n, beta, c, sums_);
+      if (beta != 0) beta_ = 1;
+      addend_ = sums_;
     }
-    if (staged) {
-      const int64_t stride = padded_cols<C>(n);
-      C* const tile = thread_scratch<C>(Slot::tile, m * stride);
-      scale_addend(m, n, beta, c, Matrix<C>{tile, stride, 1});
-      first = {tile, stride, tile, stride, alpha, C(1)};
-    }
-    next = {first.out, first.out_stride, first.out, first.out_stride, alpha, C(1)};
   }
 
-  void finish(int64_t m, int64_t n, Matrix<Out> out) const {
-    for (int64_t i = 0; staged && i < m; ++i)
-      for (int64_t j = 0; j < n; ++j) out(i, j) = static_cast<Out>(first.out[i * first.out_stride + j]);
+  /// Where a block's results go.
+  MicroOutput<C> output(bool first, bool last) const {
+    const Matrix<const C> addend = first ? addend_ : Matrix<const C>(sums_);
+    MicroOutput<C> to{sums_.data, sums_.row_stride, addend.data, addend.row_stride, alpha_, first ? beta_ : C(1)};
+    if (last && rounds_) {
+      to.rounded = out_.as<bf16>().data;
+      to.out_stride = out_.row_stride;
+    }
+    return to;
   }
+
+  void finish() const {
+    if (staged_) scale_addend<P>(m_, n_, C(1), sums_, out_);
+  }
+
+ private:
+  int64_t m_, n_;
+  C alpha_, beta_;
+  Result out_;
+  Matrix<C> sums_;
+  Matrix<const C> addend_;
+  bool rounds_, staged_ = false;
 };
 
 /// A right operand: packed (from column `col`), read in place, or packed block by block.
-template <class T, class C>
+template <class P>
 struct RightOperand {
   enum class Kind { packed, in_place, to_pack } kind;
-  Packed<C> panels;
-  Matrix<const T> matrix;
+  Packed<P> panels;
+  Operand matrix;
   int64_t col, cols;
 
   struct Block {
-    const C* data;               ///< the first panel
-    int64_t panel_stride, step;  ///< elements from panel to panel, per column; from row to row
+    const P* data;               ///< the first panel
+    int64_t panel_stride, step;  ///< units from panel to panel, per column; from row to row
   };
+  /// `depth` elements along K from p.
   Block block(int64_t p, int64_t depth) const {
-    const int64_t width = micro_kernels<C>().cols;
-    if (kind == Kind::packed) return {panels.panel(p, depth, col), depth, width};
-    if constexpr (std::is_same_v<T, C>)
-      if (kind == Kind::in_place) return {matrix.data + p * matrix.row_stride, 1, matrix.row_stride};
-    C* const packed = thread_scratch<C>(Slot::right, depth * padded_cols<C>(cols));
-    pack_block(matrix.block(p, 0), 0, depth, 0, cols, packed, padded_cols<C>(cols));
-    return {packed, depth, width};
+    const int64_t width = micro_kernels<P>().cols, units = units_of<P>(depth);
+    if (kind == Kind::packed) return {panels.panel(p / unit_size<P>, units, col), units, width};
+    if (kind == Kind::in_place)
+      return {static_cast<const P*>(matrix.data) + p * matrix.row_stride, 1, matrix.row_stride};
+    P* const packed = thread_scratch<P>(Slot::right, units * padded_cols<P>(cols));
+    pack_block<P>(matrix.block(p, 0), 0, depth, 0, cols, packed, padded_cols<P>(cols));
+    return {packed, units, width};
   }
 };
 
-/// All blocks of K of one tile.
-template <class T, class C, class Out>
-void multiply_blocks(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, const RightOperand<T, C>& right,
-                     C beta, Matrix<const Out> c, Matrix<Out> out) {
+/// All blocks of K of one tile. left_of(p, depth) gives a's `depth` columns from p.
+template <class P, class LeftOf>
+void multiply_blocks(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, const LeftOf& left_of,
+                     const RightOperand<P>& right, sum_t<P> beta, Operand c, Result out) {
+  constexpr int64_t block = k_block_of<P>;
   if (m == 0 || n == 0) return;
-  if (k == 0) return scale_addend(m, n, beta, c, out);
-  const int64_t rows = micro_kernels<C>().rows, strips = (m + rows - 1) / rows;
-  const Accumulator<C, Out> to(m, n, alpha, beta, c, out);
-  for (int64_t p = 0; p < k; p += k_block) {
-    const int64_t depth = std::min(k_block, k - p);
-    const Left<C> left = left_tile<T, C>(a.block(0, p), m, depth);
+  if (k == 0) return scale_addend<P>(m, n, beta, c, out);
+  const Accumulator<P> to(m, n, k <= block, alpha, beta, c, out);
+  for (int64_t p = 0; p < k; p += block) {
+    const int64_t depth = std::min(block, k - p);
+    const Left<P> left = left_of(p, depth);
     const auto b = right.block(p, depth);
-    multiply_block(m, n, depth, left, strips, b.data, b.panel_stride, b.step, p == 0 ? to.first : to.next);
+    multiply_block<P>(m, n, units_of<P>(depth), left, b.data, b.panel_stride, b.step,
+                      to.output(p == 0, p + block >= k));
   }
-  to.finish(m, n, out);
+  to.finish();
 }
 
 }  // namespace detail
 
-template <class T, class C>
-void pack_block(Matrix<const T> b, int64_t p, int64_t depth, int64_t col, int64_t n, C* packed, int64_t cols) {
-  const int64_t width = micro_kernels<C>().cols;
-  for (int64_t j = 0; j < n; j += width)
-    detail::pack_panel(b.block(p, col + j), depth, std::min(width, n - j), width,
-                       packed + p * cols + (col + j) * depth);
+template <class P>
+void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols) {
+  const int64_t width = micro_kernels<P>().cols, units = units_of<P>(depth);
+  P* const to = packed + p / unit_size<P> * cols;
+  detail::with_type<P>(b, [&]<class T>(Matrix<const T> from) {
+    for (int64_t j = 0; j < n; j += width)
+      detail::pack_panel<T, P>(from.block(p, col + j), depth, std::min(width, n - j), width, to + (col + j) * units);
+  });
 }
 
-template <class T, class C>
-Packed<C> pack(Matrix<const T> b, int64_t k, int64_t n, C* packed) {
-  const int64_t cols = padded_cols<C>(n);
-  for (int64_t p = 0; p < k; p += k_block) pack_block(b, p, std::min(k_block, k - p), 0, n, packed, cols);
+template <class P>
+Packed<P> pack(Operand b, int64_t k, int64_t n, P* packed) {
+  const int64_t cols = padded_cols<P>(n);
+  for (int64_t p = 0; p < k; p += k_block_of<P>)
+    pack_block<P>(b, p, std::min(k_block_of<P>, k - p), 0, n, packed, cols);
   return {packed, cols};
 }
 
-template <class T, class C, class Out>
-void multiply_packed(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Packed<C> b, int64_t col, C beta,
-                     std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
-  using Right = detail::RightOperand<T, C>;
-  detail::multiply_blocks<T, C, Out>(m, n, k, alpha, a, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
+template <class P>
+void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Packed<P> b, int64_t col,
+                     sum_t<P> beta, Operand c, Result out) {
+  using Right = detail::RightOperand<P>;
+  const auto left_of = [&](int64_t p, int64_t depth) { return detail::left_tile<P>(a.block(0, p), m, depth); };
+  detail::multiply_blocks<P>(m, n, k, alpha, left_of, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
 }
 
-template <class T, class C, class Out>
-void multiply(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
-              std::type_identity_t<Matrix<const Out>> c, Matrix<Out> out) {
-  using Right = detail::RightOperand<T, C>;
-  const MicroKernels<C>& kernels = micro_kernels<C>();
+template <class P>
+void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Left<P> a, Packed<P> b, int64_t col,
+                     sum_t<P> beta, Operand c, Result out) {
+  using Right = detail::RightOperand<P>;
+  const auto left_of = [&](int64_t p, int64_t) {
+    return Left<P>{a.data + p / unit_size<P> * a.step, a.row_stride, a.step};
+  };
+  detail::multiply_blocks<P>(m, n, k, alpha, left_of, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
+}
+
+template <class P>
+void multiply(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operand b, sum_t<P> beta, Operand c,
+              Result out) {
+  using Right = detail::RightOperand<P>;
+  const MicroKernels<P>& kernels = micro_kernels<P>();
   const bool read_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
-  const bool in_place = std::is_same_v<T, C> && read_once && b.col_stride == 1 && n % kernels.cols == 0;
+  const bool in_place = !std::is_same_v<P, Pair> && b.dtype == dtype_of<sum_t<P>>() && read_once && b.col_stride == 1 &&
+                        n % kernels.cols == 0;
+  const auto left_of = [&](int64_t p, int64_t depth) { return detail::left_tile<P>(a.block(0, p), m, depth); };
   const Right right{in_place ? Right::Kind::in_place : Right::Kind::to_pack, {}, b, 0, n};
-  detail::multiply_blocks<T, C, Out>(m, n, k, alpha, a, right, beta, c, out);
+  detail::multiply_blocks<P>(m, n, k, alpha, left_of, right, beta, c, out);
 }
 
 }  // namespace knock::cpu

@@ -14,10 +14,12 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_MOE)
 #include <knock/core/math.hpp>
 #include <knock/core/parallel.hpp>
-#include <knock/core/storage.hpp>
 #include <knock/cpu/gemm_tile.hpp>
+#include <knock/cpu/moe_thin.hpp>
 #include <knock/cpu/row.hpp>
+#include <knock/cpu/scratch.hpp>
 
+#include <numeric>
 #include <vector>
 
 namespace knock::cpu {
@@ -42,26 +44,15 @@ KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Arr
 
 namespace detail {
 
-/// A buffer for the length of a kernel, from the caching allocator.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : storage_(count * static_cast<int64_t>(sizeof(T)), Device{}) {}
-  T* data() const { return static_cast<T*>(storage_.data); }
-
- private:
-  Storage storage_;
-};
-
-/// Extents and pointers of one call.
+/// Extents and pointers of one call. T is the type of activations; weights may be f32 where T is bf16.
 template <class T>
 struct Moe {
   explicit Moe(const MoeInputs& in)
       : x(in.x.as<T>()),
         s(in.weights.as<T>()),
-        gate(in.gate.as<T>()),
-        up(in.up.as<T>()),
-        down(in.down.as<T>()),
+        gate(in.gate),
+        up(in.up),
+        down(in.down),
         order(in.order.as<int64_t>()),
         offsets(in.offsets.as<int64_t>()),
         tokens(in.x.shape[0]),
@@ -70,14 +61,19 @@ struct Moe {
         experts(in.gate.shape[0]),
         f(in.gate.shape[1]) {}
 
-  Matrix<const T> gate_of(int64_t e) const { return {gate + e * f * c, c, 1}; }  // (F, C)
-  Matrix<const T> up_of(int64_t e) const { return {up + e * f * c, c, 1}; }      // (F, C)
-  Matrix<const T> down_of(int64_t e) const { return {down + e * f * c, f, 1}; }  // (C, F)
+  int64_t token_of(int64_t row) const { return order[row] / k; }
 
-  const T *x, *s, *gate, *up, *down;
+  const T *x, *s;
+  Array gate, up, down;  // (E, F, C) twice, (E, C, F)
   const int64_t *order, *offsets;
   int64_t tokens, c, k, experts, f;
 };
+
+/// Expert e's matrix of (E, M, N), dense.
+inline Result expert_matrix(const Array& weights, int64_t e) {
+  const int64_t size = weights.shape[1] * weights.shape[2], bytes = size_of(weights.dtype);
+  return {weights.as<char>() + e * size * bytes, weights.dtype, weights.shape[2], 1};
+}
 
 /// Rows [begin, end) of the sorted list, all of one expert.
 struct RowBlock {
@@ -86,7 +82,7 @@ struct RowBlock {
 
 /// Most rows of a block. Buffers take this many whatever the block has, so that their sizes repeat and the caching
 /// allocator has them at hand.
-inline constexpr int64_t block_rows = 128;
+inline constexpr int64_t block_rows = 126;
 
 inline std::vector<RowBlock> row_blocks(const int64_t* offsets, int64_t experts) {
   std::vector<RowBlock> blocks;
@@ -96,13 +92,22 @@ inline std::vector<RowBlock> row_blocks(const int64_t* offsets, int64_t experts)
   return blocks;
 }
 
-/// out[i] = source[token of sorted row i], rows of `c` elements.
-template <class T>
-void gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t end, T* out) {
-  for (int64_t row = begin; row < end; ++row) {
-    const T* from = source + moe.order[row] / moe.k * moe.c;
-    std::copy(from, from + moe.c, out + (row - begin) * moe.c);
-  }
+/// Experts, those with most rows first.
+inline std::vector<int64_t> by_load(const int64_t* offsets, int64_t experts) {
+  std::vector<int64_t> order(static_cast<std::size_t>(experts));
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b]; });
+  return order;
+}
+
+/// The tokens' rows of `source` (N, C) for sorted rows [begin, end), as rows of units.
+template <class P, class T>
+Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t end, P* to) {
+  const int64_t stride = row_units<P>(moe.c);
+  for (int64_t row = begin; row < end; ++row)
+    units_along_k<T, P>(source + moe.token_of(row) * moe.c, moe.c, to + (row - begin) * stride);
+  return {to, stride, 1};
 }
 
 /// out[n] = sum of the token's sorted rows, in the order of its slots; a dropped slot has none.
@@ -114,152 +119,257 @@ void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   std::fill(place.data(), place.data() + slots, int64_t{-1});
   for (int64_t row = 0; row < moe.offsets[moe.experts]; ++row) place.data()[moe.order[row]] = row;
   parallel_for(moe.tokens, 64, [&](int64_t begin, int64_t end) {
-    std::vector<C> sum(static_cast<std::size_t>(moe.c));
-    C* total = sum.data();
+    C* const total = thread_scratch<C>(Slot::user0, moe.c);
     for (int64_t n = begin; n < end; ++n) {
-      std::fill(sum.begin(), sum.end(), C(0));
+      std::fill(total, total + moe.c, C(0));
       for (int64_t j = 0; j < moe.k; ++j) {
         const int64_t at = place.data()[n * moe.k + j];
         if (at < 0) continue;
-        const T* row = sorted + at * moe.c;
+        const T* const row = sorted + at * moe.c;
         KNOCK_SIMD
         for (int64_t i = 0; i < moe.c; ++i) total[i] += static_cast<C>(row[i]);
       }
+      KNOCK_SIMD
       for (int64_t i = 0; i < moe.c; ++i) out[n * moe.c + i] = static_cast<T>(total[i]);
     }
   });
 }
 
 /// activation = s * silu(g) * u for one sorted row; hidden holds g then u.
-template <class T>
-void activate_row(const T* hidden, int64_t f, compute_t<T> s, T* activation) {
+template <class T, class A>
+void activate_row(const T* hidden, int64_t f, compute_t<T> s, A* activation) {
   using C = compute_t<T>;
   KNOCK_SIMD
   for (int64_t i = 0; i < f; ++i) {
     const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]);
-    activation[i] = static_cast<T>(s * (g * math::sigmoid(g)) * u);
+    activation[i] = static_cast<A>(s * (g * math::sigmoid(g)) * u);
   }
 }
 
-/// From dA' (the gradient of the unweighted activation) of one sorted row: dg and du into `d_hidden`, s * A into
-/// `activation`; gives ds.
-template <class T>
-compute_t<T> activate_row_backward(const T* hidden, const T* d_activation, int64_t f, compute_t<T> s, T* d_hidden,
-                                   T* activation) {
+/// From dA' (the gradient of the unweighted activation) of one sorted row: dg, du, and s * A into `activation`; gives
+/// ds. dA' is overwritten.
+template <class T, class A>
+compute_t<T> activate_row_backward(const T* hidden, compute_t<T>* d_activation, int64_t f, compute_t<T> s, A* d_gate,
+                                   A* d_up, A* activation) {
   using C = compute_t<T>;
   KNOCK_SIMD
   for (int64_t i = 0; i < f; ++i) {
-    const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]), da = static_cast<C>(d_activation[i]);
-    const C sig = math::sigmoid(g), silu = g * sig;
-    d_hidden[i] = static_cast<T>(s * da * u * (sig * (1 + g * (1 - sig))));
-    d_hidden[f + i] = static_cast<T>(s * da * silu);
-    activation[i] = static_cast<T>(s * silu * u);
+    const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]), da = d_activation[i];
+    const C sig = math::sigmoid(g), silu = g * sig, a = silu * u;
+    d_gate[i] = static_cast<A>(s * da * u * (sig + silu * (1 - sig)));
+    d_up[i] = static_cast<A>(s * da * silu);
+    activation[i] = static_cast<A>(s * a);
+    d_activation[i] = da * a;
   }
-  return row_sum<C>(f, [&](int64_t i) {
-    const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]);
-    return static_cast<C>(d_activation[i]) * (g * math::sigmoid(g)) * u;
-  });
+  return row_sum<C>(f, [&](int64_t i) { return d_activation[i]; });
 }
 
 /// One weight of every expert, packed for products from the left with rows of tokens.
-template <class T>
+template <class P>
 class PackedExperts {
-  using C = compute_t<T>;
-
  public:
   /// matrix_of(e) is (k, n).
   template <class MatrixOf>
   PackedExperts(int64_t experts, int64_t k, int64_t n, MatrixOf matrix_of)
-      : k_(k), n_(n), size_(k * padded_cols<C>(n)), packed_(experts * size_) {
-    parallel_tasks(experts, [&](int64_t e) { pack<T, C>(matrix_of(e), k, n, packed_.data() + e * size_); });
+      : k_(k), n_(n), size_(packed_size<P>(k, n)), packed_(experts * size_) {
+    parallel_tasks(experts, [&](int64_t e) { pack<P>(matrix_of(e), k, n, packed_.data() + e * size_); });
   }
 
   /// out (rows, n) = a (rows, k) times expert e's matrix, added to out when `add`.
-  void multiply(int64_t e, int64_t rows, Matrix<const T> a, Matrix<T> out, bool add = false) const {
-    multiply_packed<T, C>(rows, n_, k_, 1, a, {packed_.data() + e * size_, padded_cols<C>(n_)}, 0, add ? 1 : 0, out,
-                          out);
+  void multiply(int64_t e, int64_t rows, Left<P> a, Result out, bool add = false) const {
+    multiply_packed<P>(rows, n_, k_, 1, a, {packed_.data() + e * size_, padded_cols<P>(n_)}, 0, add ? 1 : 0, out, out);
   }
 
  private:
   int64_t k_, n_, size_;
-  Scratch<C> packed_;
+  Scratch<P> packed_;
 };
 
-/// out (m, n) = a (m, k) b (k, n).
-template <class T>
-void product(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<const T> b, Matrix<T> out) {
-  cpu::multiply<T, compute_t<T>>(m, n, k, 1, a, b, 0, out, out);
+template <class T, class P>
+void moe_forward(const Moe<T>& moe, const Array& out_hidden, const Array& out) {
+  using C = compute_t<T>;
+  const int64_t c = moe.c, f = moe.f;
+  const PackedExperts<P> gate(moe.experts, c, f, [&](int64_t e) { return expert_matrix(moe.gate, e).t(); });
+  const PackedExperts<P> up(moe.experts, c, f, [&](int64_t e) { return expert_matrix(moe.up, e).t(); });
+  const PackedExperts<P> down(moe.experts, f, c, [&](int64_t e) { return expert_matrix(moe.down, e).t(); });
+  const Scratch<T> sorted(moe.tokens * moe.k * c);  // (slots, C) weighted outputs
+  const auto blocks = row_blocks(moe.offsets, moe.experts);
+  parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
+    const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];
+    const int64_t rows = end - begin, f_units = row_units<P>(f);
+    P* const x_rows = thread_scratch<P>(Slot::user0, block_rows * row_units<P>(c));
+    P* const activation = thread_scratch<P>(Slot::user1, block_rows * f_units);
+    const Left<P> x = gather_rows<P>(moe, moe.x, begin, end, x_rows);
+    T* const hidden = out_hidden.as<T>() + begin * 2 * f;
+    gate.multiply(e, rows, x, Matrix<T>{hidden, 2 * f, 1});
+    up.multiply(e, rows, x, Matrix<T>{hidden + f, 2 * f, 1});
+    for (int64_t r = 0; r < rows; ++r) {
+      if (f % unit_size<P> != 0) activation[r * f_units + f / unit_size<P>] = P();
+      activate_row(hidden + r * 2 * f, f, static_cast<C>(moe.s[moe.order[begin + r]]),
+                   reinterpret_cast<operand_t<P>*>(activation + r * f_units));
+    }
+    down.multiply(e, rows, {activation, f_units, 1}, Matrix<T>{sorted.data() + begin * c, c, 1});
+  });
+  combine_rows(moe, sorted.data(), out.as<T>());
 }
+
+/// The backward of one call: first every block of rows, then the weights' gradients of every expert.
+template <class T, class P>
+class MoeBackward {
+  using C = compute_t<T>;
+  using A = operand_t<P>;
+
+ public:
+  MoeBackward(const Moe<T>& moe, const Array& hidden, const Array& dy, const MoeGradients& out)
+      : moe_(moe),
+        hidden_(hidden.as<T>()),
+        dy_(dy.as<T>()),
+        out_(out),
+        gate_(moe.experts, moe.f, moe.c, [&](int64_t e) { return expert_matrix(moe.gate, e); }),
+        up_(moe.experts, moe.f, moe.c, [&](int64_t e) { return expert_matrix(moe.up, e); }),
+        down_(moe.experts, moe.c, moe.f, [&](int64_t e) { return expert_matrix(moe.down, e); }),
+        stride_(row_units<P>(moe.f)),
+        d_gate_(moe.tokens * moe.k * stride_),
+        d_up_(moe.tokens * moe.k * stride_),
+        activation_(moe.tokens * moe.k * moe.f),
+        dx_(moe.tokens * moe.k * moe.c) {}
+
+  void run() {
+    const int64_t slots = moe_.tokens * moe_.k, experts = moe_.experts;
+    std::fill(out_.weights.as<T>(), out_.weights.as<T>() + slots, T(0));  // what dropped slots keep
+    if (experts >= 4 * num_threads()) {  // an expert's rows stay in the caches from one product to the next
+      const auto order = by_load(moe_.offsets, experts);
+      parallel_tasks(experts, [&](int64_t task) {
+        const int64_t e = order[static_cast<std::size_t>(task)], end = moe_.offsets[e + 1];
+        for (int64_t begin = moe_.offsets[e]; begin < end; begin += block_rows)
+          backward({e, begin, std::min(begin + block_rows, end)});
+        gate_and_up_gradients(e);
+        down_gradient(e);
+      });
+    } else {
+      const auto blocks = row_blocks(moe_.offsets, experts);
+      parallel_tasks(static_cast<int64_t>(blocks.size()),
+                     [&](int64_t b) { backward(blocks[static_cast<std::size_t>(b)]); });
+      parallel_tasks(2 * experts,
+                     [&](int64_t task) { task % 2 == 0 ? gate_and_up_gradients(task / 2) : down_gradient(task / 2); });
+    }
+    combine_rows(moe_, dx_.data(), out_.x.template as<T>());
+  }
+
+ private:
+  /// Gradients of a block's routing weights, hidden features and inputs.
+  void backward(RowBlock block) const {
+    const auto [e, begin, end] = block;
+    const int64_t rows = end - begin, f = moe_.f, c = moe_.c;
+    const Left<P> dy =
+        gather_rows<P>(moe_, dy_, begin, end, thread_scratch<P>(Slot::user0, block_rows * row_units<P>(c)));
+    C* const d_activation = thread_scratch<C>(Slot::user1, block_rows * f);
+    down_.multiply(e, rows, dy, Matrix<C>{d_activation, f, 1});
+    for (int64_t row = begin; row < end; ++row) {
+      P *const dg = d_gate_.data() + row * stride_, *const du = d_up_.data() + row * stride_;
+      if (f % unit_size<P> != 0) dg[f / unit_size<P>] = du[f / unit_size<P>] = P();
+      const int64_t slot = moe_.order[row];
+      out_.weights.template as<T>()[slot] = static_cast<T>(activate_row_backward(
+          hidden_ + row * 2 * f, d_activation + (row - begin) * f, f, static_cast<C>(moe_.s[slot]),
+          reinterpret_cast<A*>(dg), reinterpret_cast<A*>(du), activation_.data() + row * f));
+    }
+    const Matrix<T> dx{dx_.data() + begin * c, c, 1};
+    gate_.multiply(e, rows, {d_gate_.data() + begin * stride_, stride_, 1}, dx);
+    up_.multiply(e, rows, {d_up_.data() + begin * stride_, stride_, 1}, dx, true);
+  }
+
+  /// (f, c) = d_gate^T x, and the same for up, with x packed once for both.
+  void gate_and_up_gradients(int64_t e) const {
+    const int64_t f = moe_.f, c = moe_.c, cols = padded_cols<P>(c);
+    P* const x = thread_scratch<P>(Slot::right, k_block * cols);
+    const Result to[] = {expert_matrix(out_.gate, e), expert_matrix(out_.up, e)};
+    const P* const from[] = {d_gate_.data(), d_up_.data()};
+    const auto pack_x = [&](int64_t begin, int64_t end) {
+      const int64_t width = micro_kernels<P>().cols, units = units_of<P>(end - begin);
+      for (int64_t j = 0; j < c; j += width)
+        gather_across(moe_.x, begin, end, j, std::min(width, c - j), width, x + j * units);
+    };
+    const auto left_of = [&](int which, int64_t i, int64_t rows, int64_t begin, int64_t end) {
+      const A* const first = reinterpret_cast<const A*>(from[which] + begin * stride_) + i;
+      return left_tile<P>(Matrix<const A>{first, 1, stride_ * unit_size<P>}, rows, end - begin);
+    };
+    weight_gradients<2>(e, f, c, x, to, pack_x, left_of);
+  }
+
+  /// (c, f) = dy^T activation
+  void down_gradient(int64_t e) const {
+    const int64_t f = moe_.f, c = moe_.c, cols = padded_cols<P>(f);
+    P* const activation = thread_scratch<P>(Slot::right, k_block * cols);
+    const Result to[] = {expert_matrix(out_.down, e)};
+    const auto pack_activation = [&](int64_t begin, int64_t end) {
+      pack_block<P>(Matrix<const A>{activation_.data() + begin * f, f, 1}, 0, end - begin, 0, f, activation, cols);
+    };
+    const auto left_of = [&](int, int64_t i, int64_t rows, int64_t begin, int64_t end) {
+      P* const dy = thread_scratch<P>(Slot::left, k_block * rows);
+      gather_across(dy_, begin, end, i, rows, rows, dy);
+      return Left<P>{dy, 1, rows};
+    };
+    weight_gradients<1>(e, c, f, activation, to, pack_activation, left_of);
+  }
+
+  /// Products of an expert's rows, `count` of them with one right operand: out[i] (m, n) = left_of(i) right.
+  template <int count, class PackRight, class LeftOf>
+  void weight_gradients(int64_t e, int64_t m, int64_t n, const P* right, const Result* out, const PackRight& pack_right,
+                        const LeftOf& left_of) const {
+    const int64_t begin = moe_.offsets[e], end = moe_.offsets[e + 1];
+    constexpr Slot tiles[] = {Slot::tile, Slot::user0};
+    std::vector<Accumulator<P>> sums;
+    for (int i = 0; i < count; ++i)
+      sums.emplace_back(m, n, end - begin <= k_block_of<P>, C(1), C(0), Operand(), out[i], tiles[i]);
+    if (begin == end)
+      for (int i = 0; i < count; ++i) scale_addend<P>(m, n, 0, {}, out[i]);
+    for (int64_t p = begin; p < end; p += k_block_of<P>) {
+      const int64_t stop = std::min(end, p + k_block_of<P>), units = units_of<P>(stop - p);
+      pack_right(p, stop);
+      for (int which = 0; which < count; ++which)
+        for (int64_t i = 0; i < m; i += block_rows) {
+          const int64_t rows = std::min(block_rows, m - i);
+          multiply_block<P>(rows, n, units, left_of(which, i, rows, p, stop), right, units, micro_kernels<P>().cols,
+                            sums[static_cast<std::size_t>(which)].output(p == begin, stop == end).below(i));
+        }
+    }
+    if (begin < end)
+      for (const Accumulator<P>& sum : sums) sum.finish();
+  }
+
+  /// Units across sorted rows [begin, end) of `source` (N, C), columns [col, col + n), zeros up to `width`.
+  void gather_across(const T* source, int64_t begin, int64_t end, int64_t col, int64_t n, int64_t width, P* to) const {
+    for (int64_t row = begin; row < end; row += unit_size<P>, to += width) {
+      const T* const first = source + moe_.token_of(row) * moe_.c + col;
+      const T* const second = row + 1 < end ? source + moe_.token_of(row + 1) * moe_.c + col : nullptr;
+      units_across_k<T, P>(first, second, n, to);
+      std::fill(to + n, to + width, P());
+    }
+  }
+
+  const Moe<T>& moe_;
+  const T *hidden_, *dy_;
+  const MoeGradients& out_;
+  PackedExperts<P> gate_, up_, down_;
+  int64_t stride_;            // of d_gate_ and d_up_, in units
+  Scratch<P> d_gate_, d_up_;  // (slots, F), sorted
+  Scratch<A> activation_;     // (slots, F), sorted, weighted
+  Scratch<T> dx_;             // (slots, C), sorted
+};
 
 }  // namespace detail
 
 KNOCK_FUNC void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out) {
+  if (moe_forward_thin(in, out_hidden, out)) return;
   dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const detail::Moe<T> moe(in);
-    const int64_t c = moe.c, f = moe.f;
-    const detail::PackedExperts<T> gate(moe.experts, c, f, [&](int64_t e) { return moe.gate_of(e).t(); });
-    const detail::PackedExperts<T> up(moe.experts, c, f, [&](int64_t e) { return moe.up_of(e).t(); });
-    const detail::PackedExperts<T> down(moe.experts, f, c, [&](int64_t e) { return moe.down_of(e).t(); });
-    const detail::Scratch<T> sorted(moe.tokens * moe.k * c);  // (slots, C) weighted outputs
-    const auto blocks = detail::row_blocks(moe.offsets, moe.experts);
-    parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-      const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];
-      const int64_t rows = end - begin;
-      const detail::Scratch<T> x_rows(detail::block_rows * c), activation(detail::block_rows * f);
-      detail::gather_rows(moe, moe.x, begin, end, x_rows.data());
-      T* hidden = out_hidden.as<T>() + begin * 2 * f;
-      gate.multiply(e, rows, {x_rows.data(), c, 1}, {hidden, 2 * f, 1});
-      up.multiply(e, rows, {x_rows.data(), c, 1}, {hidden + f, 2 * f, 1});
-      for (int64_t r = 0; r < rows; ++r)
-        detail::activate_row<T>(hidden + r * 2 * f, f, static_cast<C>(moe.s[moe.order[begin + r]]),
-                                activation.data() + r * f);
-      down.multiply(e, rows, {activation.data(), f, 1}, {sorted.data() + begin * c, c, 1});
-    });
-    detail::combine_rows(moe, sorted.data(), out.as<T>());
+    dispatch_packed<T>([&]<class P>(Type<P>) { detail::moe_forward<T, P>(detail::Moe<T>(in), out_hidden, out); });
   });
 }
 
 KNOCK_FUNC void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) {
   dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
     const detail::Moe<T> moe(in);
-    const int64_t c = moe.c, f = moe.f, slots = moe.tokens * moe.k;
-    const detail::PackedExperts<T> gate(moe.experts, f, c, [&](int64_t e) { return moe.gate_of(e); });
-    const detail::PackedExperts<T> up(moe.experts, f, c, [&](int64_t e) { return moe.up_of(e); });
-    const detail::PackedExperts<T> down(moe.experts, c, f, [&](int64_t e) { return moe.down_of(e); });
-    const detail::Scratch<T> x_sorted(slots * c), dy_sorted(slots * c), dx_sorted(slots * c);
-    const detail::Scratch<T> d_hidden(slots * 2 * f), activation(slots * f);
-    std::fill(out.weights.as<T>(), out.weights.as<T>() + slots, T(0));  // what dropped slots keep
-    const auto blocks = detail::row_blocks(moe.offsets, moe.experts);
-    parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-      const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];
-      const int64_t rows = end - begin;
-      detail::gather_rows(moe, moe.x, begin, end, x_sorted.data() + begin * c);
-      detail::gather_rows(moe, dy.as<T>(), begin, end, dy_sorted.data() + begin * c);
-      const detail::Scratch<T> d_activation(detail::block_rows * f);
-      down.multiply(e, rows, {dy_sorted.data() + begin * c, c, 1}, {d_activation.data(), f, 1});
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t slot = moe.order[begin + r];
-        out.weights.as<T>()[slot] = static_cast<T>(detail::activate_row_backward<T>(
-            hidden.as<T>() + (begin + r) * 2 * f, d_activation.data() + r * f, f, static_cast<C>(moe.s[slot]),
-            d_hidden.data() + (begin + r) * 2 * f, activation.data() + (begin + r) * f));
-      }
-      const Matrix<const T> dg{d_hidden.data() + begin * 2 * f, 2 * f, 1}, du{dg.data + f, 2 * f, 1};
-      const Matrix<T> dx{dx_sorted.data() + begin * c, c, 1};
-      gate.multiply(e, rows, dg, dx);
-      up.multiply(e, rows, du, dx, true);
-    });
-    detail::combine_rows(moe, dx_sorted.data(), out.x.as<T>());
-    parallel_tasks(3 * moe.experts, [&](int64_t task) {  // each writes one expert's gradient of one weight
-      const int64_t e = task / 3, begin = moe.offsets[e], rows = moe.offsets[e + 1] - begin, at = e * f * c;
-      const Matrix<const T> x{x_sorted.data() + begin * c, c, 1}, dy_rows{dy_sorted.data() + begin * c, c, 1};
-      const Matrix<const T> dg{d_hidden.data() + begin * 2 * f, 2 * f, 1}, du{dg.data + f, 2 * f, 1};
-      const Matrix<const T> a{activation.data() + begin * f, f, 1};
-      if (task % 3 == 0) detail::product<T>(f, c, rows, dg.t(), x, {out.gate.as<T>() + at, c, 1});
-      if (task % 3 == 1) detail::product<T>(f, c, rows, du.t(), x, {out.up.as<T>() + at, c, 1});
-      if (task % 3 == 2) detail::product<T>(c, f, rows, dy_rows.t(), a, {out.down.as<T>() + at, f, 1});
-    });
+    dispatch_packed<T>([&]<class P>(Type<P>) { detail::MoeBackward<T, P>(moe, hidden, dy, out).run(); });
   });
 }
 
