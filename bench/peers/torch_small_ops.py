@@ -39,9 +39,9 @@ def main():
     step = step_of(arguments.kind == "compile")
     for _ in range(10):
         step()
-    cases = {"mlp 64-64-64-10, 32 rows, AdamW": step}
+    cases = {"mlp step": step}
     if arguments.kind == "eager":
-        cases |= {"add, forward": lambda: a + b, "add, forward and backward": with_backward}
+        cases |= {"add 4": lambda: a + b, "add 4 + backward": with_backward}
     for case, body in cases.items():
         measure.row(case=case, kind=arguments.kind, call_us=measure.seconds(body, rounds=15) * 1e6)
 
