@@ -32,20 +32,24 @@ void fill_rope_table(const Array& positions, int64_t half, double theta, bool in
   std::vector<double> low_cos(static_cast<std::size_t>(block * half)), low_sin(low_cos.size()), frequency;
   for (int64_t i = 0; i < half; ++i)
     frequency.push_back(std::pow(theta, -static_cast<double>(i) / static_cast<double>(half)));
+  const int64_t axis = positions.rank() - 1, length = positions.shape[axis];
+  const auto position_at = [&](int64_t n) {
+    const int64_t row = positions.rank() == 2 ? n / length * positions.strides[0] : 0;
+    return positions.as<int64_t>()[row + n % length * positions.strides[axis]];
+  };
+  bool occurs[block] = {};
+  for (int64_t n = 0; n < positions.numel(); ++n) occurs[position_at(n) & (block - 1)] = true;
   for (int64_t low = 0; low < block; ++low)
-    for (int64_t i = 0; i < half; ++i) {
+    for (int64_t i = 0; occurs[low] && i < half; ++i) {
       const double angle = static_cast<double>(low) * frequency[static_cast<std::size_t>(i)];
       low_cos[static_cast<std::size_t>(low * half + i)] = std::cos(angle);
       low_sin[static_cast<std::size_t>(low * half + i)] = std::sin(angle);
     }
-  const int64_t axis = positions.rank() - 1, length = positions.shape[axis];
   parallel_for(positions.numel(), 256, [&](int64_t begin, int64_t end) {
     std::vector<double> high_cos(static_cast<std::size_t>(half)), high_sin(high_cos.size());
     int64_t known = -1;  // the multiple of 64 that high_cos and high_sin hold; -1 for none
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t row = positions.rank() == 2 ? n / length * positions.strides[0] : 0;
-      const int64_t position = positions.as<int64_t>()[row + n % length * positions.strides[axis]];
-      const int64_t low = position & (block - 1), high = position - low;
+      const int64_t position = position_at(n), low = position & (block - 1), high = position - low;
       if (high != known || n == begin) {
         known = high;
         for (int64_t i = 0; i < half; ++i) {
