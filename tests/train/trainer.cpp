@@ -7,6 +7,7 @@
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/core/storage.hpp>
+#include <knock/core/trace.hpp>
 #include <knock/io/file.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/pointwise.hpp>
@@ -152,6 +153,31 @@ TEST_CASE("trainer: N steps, then N more after resuming, are 2 N steps") {
     CHECK(result.step == 6);
     check_same_runs(bench, whole, parts);
   }
+}
+
+TEST_CASE("trainer: train.trace holds three steps and changes none of them") {
+  const Bench bench;
+  const auto spans = [&](const std::string& out, const std::string& steps) {
+    const std::string path = bench.folder / (out + ".json");
+    CHECK(bench.run(out, {"train.steps=" + steps, "train.trace=" + path}).finished);
+    CHECK(!trace::is_active());
+    std::vector<std::string> names;
+    bool backward = false, loss = false;
+    for (const auto& event : nlohmann::json::parse(io::read_file(path)).at("traceEvents")) {
+      if (event.at("cat") == "span") names.push_back(event.at("name"));
+      backward = backward || event.at("cat") == "backward";
+      loss = loss || event.at("name") == "cross_entropy";
+    }
+    CHECK(backward == !names.empty());
+    CHECK(loss == !names.empty());
+    return names;
+  };
+  CHECK(spans("traced", "6") == std::vector<std::string>{"step 3", "step 4", "step 5"});
+  CHECK(spans("short", "2") == std::vector<std::string>{"step 1", "step 2"});
+  CHECK(bench.run("plain", {"train.steps=6"}).finished);
+  CHECK(timeless(bench.log("plain")) == timeless(bench.log("traced")));
+  const std::string nowhere = bench.folder / "none/trace.json";
+  CHECK_THROWS_WITH_AS(bench.run("nowhere", {"train.trace=" + nowhere}), doctest::Contains("No such file"), Error);
 }
 
 TEST_CASE("trainer: stopped anywhere and resumed, the bits are the same") {

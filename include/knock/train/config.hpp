@@ -32,6 +32,7 @@ struct TrainOptions {
   Precision precision = Precision::f32;
   int64_t threads = 0;
   std::string out_dir = "build/runs/default";
+  std::string trace;  ///< a file for a trace of a few steps; empty: none
   int64_t eval_every = 250;
   int64_t eval_tokens = 16384;
   int64_t checkpoint_every = 500;
@@ -190,6 +191,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.precision", t.precision, "of activations and products; weights are kept in f32");
   key("train.threads", t.threads, "0: as many as OpenMP chooses", Range{0, 4096});
   key("train.out_dir", t.out_dir, "folder of the log, the curves and the checkpoints");
+  key("train.trace", t.trace, "a file for a Chrome trace of three steps, after two to warm up; empty: none");
   key("train.eval_every", t.eval_every, "steps between evaluations, 0: only at the end", Range{0, 1e9});
   key("train.eval_tokens", t.eval_tokens, "tokens of those evaluations, 0: all; the last one always takes all",
       Range{0, 1e15});

@@ -118,7 +118,9 @@ std::string describe(const Config& config);
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_TRAIN_TRAINER)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/core/parallel.hpp>
+#include <knock/core/trace.hpp>
 #include <knock/io/folder.hpp>
+#include <knock/io/trace.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/reduce.hpp>
@@ -152,6 +154,40 @@ inline uint64_t hash_tokens(const std::vector<int32_t>& tokens) {
     hash = (hash ^ static_cast<uint64_t>(static_cast<uint32_t>(token))) * 0x100000001b3U;
   return hash;
 }
+
+/// Records three steps of a run as `train.trace`, after two to warm up where there are so many.
+class StepTrace {
+ public:
+  StepTrace(std::string path, int64_t steps) : path_(std::move(path)), wait_(steps > recorded_steps ? 2 : 0) {
+    if (!path_.empty()) trace::write_chrome({}, path_);  // a path that cannot be written is an error now
+  }
+  ~StepTrace() {
+    if (recording_) trace::stop();  // a step failed
+  }
+  StepTrace(const StepTrace&) = delete;
+  StepTrace& operator=(const StepTrace&) = delete;
+
+  void before_step() {
+    if (path_.empty() || recording_ || done_ > 0 || wait_-- > 0) return;
+    trace::start();
+    recording_ = true;
+  }
+  void after_step() {
+    if (recording_ && ++done_ == recorded_steps) finish();
+  }
+  /// Writes what there is.
+  void finish() {
+    if (!recording_) return;
+    recording_ = false;
+    trace::write_chrome(trace::stop(), path_);
+  }
+
+ private:
+  static constexpr int64_t recorded_steps = 3;
+  std::string path_;
+  int64_t wait_, done_ = 0;
+  bool recording_ = false;
+};
 
 inline optim::ScheduleOptions schedule_options(const Config& config) {
   const OptimConfig& o = config.optim;
@@ -289,6 +325,7 @@ KNOCK_FUNC std::vector<ExpertsRecord> Trainer::experts_record() const {
 /// One optimizer step; nothing when a stop was requested before its last micro-batch.
 KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
   const TrainOptions& t = config_.train;
+  const trace::Span span(text("step ", state_.step + 1));
   StepResult result;
   result.tokens = t.grad_accum * t.batch_size * t.seq_len;
   batches_.resize(static_cast<std::size_t>(t.grad_accum));
@@ -316,6 +353,7 @@ KNOCK_FUNC RunResult Trainer::run() {
   const io::FolderLock lock(t.out_dir);
   begin_log();
   model_->train();
+  detail::StepTrace step_trace(t.trace, t.steps - state_.step);
   RunResult result;
   for (;;) {
     if (state_.step > 0 && !state_.reported) report(result.final_evaluation);
@@ -324,6 +362,7 @@ KNOCK_FUNC RunResult Trainer::run() {
     const RngState random = rng_state();
     const data::LoaderPosition position = loader_.position();
     const double lr = learning_rate(state_.step);
+    step_trace.before_step();
     const auto start = std::chrono::steady_clock::now();
     const auto done = step(lr);
     if (!done) {  // what the unfinished step drew is drawn again after resuming
@@ -334,7 +373,9 @@ KNOCK_FUNC RunResult Trainer::run() {
     ++state_.step;
     state_.reported = false;
     log_step(*done, lr, detail::seconds_since(start));
+    step_trace.after_step();
   }
+  step_trace.finish();
   result.step = state_.step;
   result.finished = state_.step >= t.steps && state_.reported;
   save();
