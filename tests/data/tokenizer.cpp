@@ -1,3 +1,4 @@
+#include <knock/core/parallel.hpp>
 #include <knock/data/tokenizer.hpp>
 #include <knock/io/file.hpp>
 
@@ -111,6 +112,35 @@ TEST_CASE("tokenizer: any bytes come back from decode(encode(bytes))") {
     CHECK(tokenizer().decode(tokenizer().encode(bytes)) == bytes);
     CHECK(tokenizer().decode(tokenizer().encode_ordinary(bytes)) == bytes);
   }
+}
+
+TEST_CASE("tokenizer: neither ids nor the vocabulary depend on the number of threads") {
+  // Long enough to be cut for several threads; every kind of line end, and of what may stand around one.
+  const std::string_view stretches[] = {"the people", " \n",    "\n",          "\n\n",    "\r\n", "!\n",
+                                        "\n.",        "\n 's",  "\n\xc2\xa0x", "9\n",     "\n9",  "\xc3\xa9\n",
+                                        "\n\t",       "\xff\n", "\n\xff",      "<|pad|>", " ",    "\n\xe2\x80\xa8"};
+  std::mt19937 draw(3);
+  std::vector<std::string> texts(3);
+  for (std::string& text : texts)
+    while (text.size() < 200000) text += stretches[draw() % std::size(stretches)];
+  const int before = num_threads();
+  set_num_threads(1);
+  std::vector<std::vector<int32_t>> ids, ordinary;
+  for (const std::string& text : texts) {
+    ids.push_back(tokenizer().encode(text));
+    ordinary.push_back(tokenizer().encode_ordinary(text));
+  }
+  const std::string trained = Tokenizer::train(texts, 400).to_json();
+  for (const int threads : {2, 3, 8}) {
+    set_num_threads(threads);
+    CAPTURE(threads);
+    for (std::size_t i = 0; i < texts.size(); ++i) {
+      CHECK(tokenizer().encode(texts[i]) == ids[i]);
+      CHECK(tokenizer().encode_ordinary(texts[i]) == ordinary[i]);
+    }
+    CHECK(Tokenizer::train(texts, 400).to_json() == trained);
+  }
+  set_num_threads(before);
 }
 
 TEST_CASE("tokenizer: invalid bytes neither change nor join the pieces around them") {

@@ -83,6 +83,7 @@ class Tokenizer {
   class Reader;
 
   Tokenizer() = default;
+  void encode_pieces(std::string_view text, std::vector<int32_t>& ids) const;
   void encode_stretch(std::string_view text, std::vector<int32_t>& ids) const;
   void index();
 
@@ -99,6 +100,7 @@ class Tokenizer {
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_DATA_TOKENIZER)
 
+#include <knock/core/parallel.hpp>
 #include <knock/data/utf8.hpp>
 #include <knock/io/file.hpp>
 
@@ -185,6 +187,24 @@ class Splitter {
 inline const Splitter& splitter() {
   static const Splitter instance;
   return instance;
+}
+
+/// The text in one stretch for each thread, as far as it is long enough; the pieces of the stretches are those of the
+/// text. It is cut behind a line feed that a visible ASCII character follows: behind a line feed no alternative of the
+/// pattern goes on with anything but white space, and none looks back.
+inline std::vector<std::string_view> stretches(std::string_view text) {
+  constexpr std::size_t least = std::size_t{1} << 15;
+  const auto wanted = static_cast<std::size_t>(num_threads());
+  const std::size_t length = std::max(text.size() / wanted + 1, least);
+  std::vector<std::string_view> out;
+  while (text.size() > length) {
+    std::size_t cut = length;
+    while (cut < text.size() && !(text[cut - 1] == '\n' && text[cut] > ' ' && text[cut] <= '~')) ++cut;
+    out.push_back(text.substr(0, cut));
+    text.remove_prefix(cut);
+  }
+  if (!text.empty()) out.push_back(text);
+  return out;
 }
 
 // ---- the byte alphabet of tokenizer.json ---------------------------------------------------------------------------
@@ -329,9 +349,20 @@ class Tokenizer::Encoder {
 
 KNOCK_FUNC std::vector<int32_t> Tokenizer::encode_ordinary(std::string_view text) const {
   std::vector<int32_t> ids;
-  ids.reserve(text.size() / 3);
-  encode_stretch(text, ids);
+  encode_pieces(text, ids);
   return ids;
+}
+
+/// Appends the ids of a text without special tokens.
+KNOCK_FUNC void Tokenizer::encode_pieces(std::string_view text, std::vector<int32_t>& ids) const {
+  const std::vector<std::string_view> parts = detail::stretches(text);
+  if (parts.size() < 2) return encode_stretch(text, ids);
+  std::vector<std::vector<int32_t>> found(parts.size());
+  parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+    const auto part = static_cast<std::size_t>(i);
+    encode_stretch(parts[part], found[part]);
+  });
+  for (const auto& part : found) ids.insert(ids.end(), part.begin(), part.end());
 }
 
 KNOCK_FUNC void Tokenizer::encode_stretch(std::string_view text, std::vector<int32_t>& ids) const {
@@ -377,7 +408,7 @@ KNOCK_FUNC std::vector<int32_t> Tokenizer::encode(std::string_view text) const {
       }
     }
     const std::size_t end = std::min(begin, text.size());
-    encode_stretch(text.substr(at, end - at), ids);
+    encode_pieces(text.substr(at, end - at), ids);
     if (begin == std::string_view::npos) break;
     ids.push_back(specials_[best]);
     at = begin + tokens_[static_cast<std::size_t>(specials_[best])].size();
@@ -510,18 +541,32 @@ class Tokenizer::Trainer {
     return entry->second;
   }
 
+  /// Counts the distinct pieces: each stretch by itself, then all together in the order of the text.
   void read_words(std::span<const std::string> texts) {
-    std::unordered_map<std::string_view, std::size_t> index;
-    for (const std::string& text : texts) {
-      detail::splitter()(text, [&](std::string_view piece) {
-        const auto [entry, is_new] = index.emplace(piece, words_.size());
-        if (!is_new) {
-          ++words_[entry->second].count;
-          return;
-        }
-        words_.push_back({symbols_.size(), piece.size(), 1});
-        for (const char byte : piece) symbols_.push_back(ids_.at(std::string(1, byte)));
-      });
+    struct Counts {
+      std::vector<std::pair<std::string_view, int64_t>> words;  // in the order in which they come first
+      std::unordered_map<std::string_view, std::size_t> index;
+
+      void add(std::string_view word, int64_t count) {
+        const auto [entry, is_new] = index.emplace(word, words.size());
+        if (is_new) words.emplace_back(word, 0);
+        words[entry->second].second += count;
+      }
+    };
+    std::vector<std::string_view> parts;
+    for (const std::string& text : texts)
+      for (const std::string_view part : detail::stretches(text)) parts.push_back(part);
+    std::vector<Counts> counts(parts.size());
+    parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+      const auto part = static_cast<std::size_t>(i);
+      detail::splitter()(parts[part], [&](std::string_view piece) { counts[part].add(piece, 1); });
+    });
+    Counts all;
+    for (const Counts& part : counts)
+      for (const auto& [word, count] : part.words) all.add(word, count);
+    for (const auto& [word, count] : all.words) {
+      words_.push_back({symbols_.size(), word.size(), count});
+      for (const char byte : word) symbols_.push_back(ids_.at(std::string(1, byte)));
     }
   }
 
