@@ -93,7 +93,8 @@ class DecoderLayer : public nn::Module {
 struct LmInputs {
   Tensor positions = {};                       ///< (T) or (B, T) i64; by default they continue the cache, or start at 0
   std::vector<nn::KvCache>* caches = nullptr;  ///< one a layer, for decoding
-  Tensor documents = {};  ///< (T) or (B, T) i64: a token attends to its own document only (see nn::AttentionInputs)
+  Tensor documents = {};   ///< (T) or (B, T) i64: a token attends to its own document only (see nn::AttentionInputs)
+  bool last_only = false;  ///< logits of the last token alone, (B, 1, vocab_size): what generation needs of a prompt
 };
 
 class MoeLm : public nn::Module {
@@ -108,6 +109,9 @@ class MoeLm : public nn::Module {
   std::vector<nn::KvCache> make_caches() const { return std::vector<nn::KvCache>(layers_.size()); }
   /// Folds the knocks of every layer; for inference.
   void absorb_knocks();
+  /// Keeps the weights of products in `dtype` and computes in it, for inference: bf16 halves the memory that a token
+  /// reads. Routers and norms stay as they are; so do biases. Fold knocks first.
+  void store_weights(DType dtype);
   /// dtype of activations and matrix products; parameters keep theirs. f32 by default.
   void set_compute_dtype(DType dtype) { compute_dtype_ = dtype; }
 
@@ -138,6 +142,7 @@ class MoeLm : public nn::Module {
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/view.hpp>
 
+#include <algorithm>
 #include <cmath>
 
 namespace knock::models {
@@ -289,12 +294,26 @@ KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
     h = layers_[i]->forward(h, {.positions = inputs.positions,
                                 .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr,
                                 .documents = inputs.documents});
+  if (inputs.last_only && tokens.size(1) > 1) h = h.narrow(1, tokens.size(1) - 1, 1);
   h = norm_(h);
   return lm_head_ ? lm_head_->forward(h) : linear(h, embed_tokens_.weight.to(h.dtype()));
 }
 
 KNOCK_FUNC void MoeLm::absorb_knocks() {
   for (const auto& layer : layers_) layer->self_attn->absorb_knocks();
+}
+
+KNOCK_FUNC void MoeLm::store_weights(DType dtype) {
+  check(is_float(dtype), "MoeLm", "weights are floating, got ", dtype);
+  const NoGradGuard no_grad;
+  Tensors routers;
+  for (const nn::MoE* moe : moe_layers()) routers.push_back(moe->gate.weight);
+  for (const auto& [name, tensor] : named_parameters()) {
+    const auto same = [&tensor = tensor](const Tensor& router) { return &router.impl() == &tensor.impl(); };
+    if (tensor.rank() >= 2 && tensor.dtype() != dtype && std::none_of(routers.begin(), routers.end(), same))
+      assign(tensor, tensor.to(dtype));
+  }
+  set_compute_dtype(dtype);
 }
 
 KNOCK_FUNC std::vector<nn::MoE*> MoeLm::moe_layers() const {

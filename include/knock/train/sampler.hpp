@@ -69,34 +69,60 @@ KNOCK_FUNC void check_options(const SampleOptions& o) {
 }
 
 KNOCK_FUNC int32_t draw_token(std::span<const float> logits, const SampleOptions& options, double u) {
-  std::vector<int32_t> order(logits.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto likelier = [&](int32_t a, int32_t b) {
-    const float la = logits[static_cast<std::size_t>(a)], lb = logits[static_cast<std::size_t>(b)];
-    return la != lb ? la > lb : a < b;
-  };
   const bool sound = std::none_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x) || x == INFINITY; });
   check(sound && !logits.empty(), "generate", "the model's scores are not finite: its weights are damaged");
-  if (options.temperature == 0) return *std::min_element(order.begin(), order.end(), likelier);
-  std::sort(order.begin(), order.end(), likelier);
-  if (options.top_k > 0 && static_cast<std::size_t>(options.top_k) < order.size())
-    order.resize(static_cast<std::size_t>(options.top_k));
-  std::vector<double> probability(order.size());
-  const double largest = logits[static_cast<std::size_t>(order[0])];
-  double total = 0;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    probability[i] = std::exp((logits[static_cast<std::size_t>(order[i])] - largest) / options.temperature);
-    total += probability[i];
+  const auto best = std::max_element(logits.begin(), logits.end());  // the first of equal ones
+  if (options.temperature == 0) return static_cast<int32_t>(best - logits.begin());
+
+  std::vector<double> weight(logits.size());
+  for (std::size_t i = 0; i < logits.size(); ++i)
+    weight[i] = std::exp((logits[i] - static_cast<double>(*best)) / options.temperature);
+  // Tokens leave the heap from the likeliest on, as many as the draw needs: sorting all of them would take longer than
+  // the model does.
+  std::vector<int32_t> heap(logits.size()), taken;
+  std::iota(heap.begin(), heap.end(), 0);
+  const auto less_likely = [&](int32_t a, int32_t b) {
+    const float la = logits[static_cast<std::size_t>(a)], lb = logits[static_cast<std::size_t>(b)];
+    return la != lb ? la < lb : a > b;
+  };
+  std::make_heap(heap.begin(), heap.end(), less_likely);
+  const auto take = [&] {
+    std::pop_heap(heap.begin(), heap.end(), less_likely);
+    taken.push_back(heap.back());
+    heap.pop_back();
+    return weight[static_cast<std::size_t>(taken.back())];
+  };
+  const auto all = static_cast<int64_t>(logits.size()),
+             allowed = options.top_k > 0 ? std::min(options.top_k, all) : all;
+  double total = 0, kept = 0;
+  if (allowed == all) {
+    total = std::accumulate(weight.begin(), weight.end(), 0.0);
+  } else {
+    while (static_cast<int64_t>(taken.size()) < allowed) total += take();
   }
-  double kept = 0;
-  std::size_t count = 0;
-  while (count < order.size() && (count == 0 || kept < options.top_p * total)) kept += probability[count++];
+  if (options.top_p < 1) {
+    std::size_t count = 0;
+    while (static_cast<int64_t>(count) < allowed && (count == 0 || kept < options.top_p * total)) {
+      if (count == taken.size()) take();
+      kept += weight[static_cast<std::size_t>(taken[count++])];
+    }
+    taken.resize(count);
+    heap.clear();
+  } else {
+    kept = total;
+  }
   double left = u * kept;
-  for (std::size_t i = 0; i + 1 < count; ++i) {
-    left -= probability[i];
-    if (left < 0) return order[i];
+  const auto drawn = [&](int32_t token) { return (left -= weight[static_cast<std::size_t>(token)]) < 0; };
+  for (const int32_t token : taken)
+    if (drawn(token)) return token;
+  while (static_cast<int64_t>(taken.size()) < allowed && !heap.empty()) {
+    if (take() == 0) {  // left only by rounding: no such token is drawn
+      taken.pop_back();
+      break;
+    }
+    if (drawn(taken.back())) return taken.back();
   }
-  return order[count - 1];
+  return taken.back();
 }
 
 KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
@@ -111,8 +137,9 @@ KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer,
   std::string pending;
   for (int64_t i = 0; i < options.max_tokens; ++i) {
     const auto length = static_cast<int64_t>(input.size());
-    const Tensor logits = model.forward(from_data(input, {1, length}), {.caches = &caches});  // (1, T, V)
-    const auto values = logits.select(1, length - 1).to_vector<float>();
+    const Tensor logits =
+        model.forward(from_data(input, {1, length}), {.caches = &caches, .last_only = true});  // (1, 1, V)
+    const auto values = logits.to_vector<float>();
     const auto random = philox4x32(options.seed, static_cast<uint64_t>(i), 0);
     const auto usable = std::span(values).first(static_cast<std::size_t>(tokenizer.vocab_size()));
     const int32_t token = draw_token(usable, options, uniform_double(random[0], random[1]));

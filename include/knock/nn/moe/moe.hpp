@@ -23,15 +23,15 @@ class MoE : public Layer {
   KNOCK_FUNC Tensor forward(const Tensor& x) override;
 
   /// Losses of the last forward, scalars with gradient (see balance.hpp).
-  Tensor balance_loss() const { return balance_loss(load_); }
+  Tensor balance_loss() const { return balance_loss(load()); }
   Tensor z_loss() const;
   /// The balance loss with the load of a batch of which the last forward took a part. The mean of these over equal
   /// parts is the loss of the batch.
   Tensor balance_loss(const Tensor& batch_load) const;
-  /// How often the router chose each expert in the last forward, (E) i64.
-  const Tensor& load() const { return load_; }
+  /// How often the router chose each expert in the last forward, (E) i64. Counted when asked for.
+  Tensor load() const;
   /// Choices of the last forward that were beyond the capacity, i64.
-  const Tensor& dropped() const { return dropped_; }
+  Tensor dropped() const;
 
   const MoEHealth& health() const { return health_; }
   void reset_health();
@@ -51,11 +51,11 @@ class MoE : public Layer {
 
  private:
   Tensor within_capacity(const Tensor& indices) const;
-  void count(const Tensor& kept);
+  void count();
 
   MoEOptions options_;
   Routing routing_;
-  Tensor load_, dropped_;
+  Tensor kept_;  // (N, k): the routing's indices, -1 beyond the capacity
   MoEHealth health_;
 };
 
@@ -87,10 +87,10 @@ KNOCK_FUNC Tensor MoE::forward(const Tensor& x) {
   check(x.rank() >= 1 && x.size(-1) == options_.hidden, "MoE", "expected x (..., ", options_.hidden, "), got ", x);
   const Tensor tokens = x.reshape({-1, options_.hidden});  // (N, C)
   routing_ = gate.forward(tokens);
-  const Tensor kept = within_capacity(routing_.indices);
-  count(kept);
+  kept_ = within_capacity(routing_.indices);
+  if (is_training() && !autograd::is_recomputing() && kept_.numel() > 0) count();
   const DType dtype = x.dtype();
-  Tensor out = moe_experts(tokens, kept, routing_.weights.to(dtype), gate_proj.to(dtype), up_proj.to(dtype),
+  Tensor out = moe_experts(tokens, kept_, routing_.weights.to(dtype), gate_proj.to(dtype), up_proj.to(dtype),
                            down_proj.to(dtype));
   if (shared_experts) out = out + shared_experts->forward(tokens);
   return out.reshape(x.shape());
@@ -101,23 +101,26 @@ KNOCK_FUNC Tensor MoE::within_capacity(const Tensor& indices) const {
   return knock::within_capacity(indices, options_.experts, expert_capacity(options_, indices.size(0)));
 }
 
-KNOCK_FUNC void MoE::count(const Tensor& kept) {
+KNOCK_FUNC Tensor MoE::load() const {
+  return routing_.indices.defined() ? expert_load(routing_.indices, options_.experts) : Tensor();
+}
+
+KNOCK_FUNC Tensor MoE::dropped() const { return kept_.defined() ? sum((kept_ < 0).to(DType::i64)) : Tensor(); }
+
+KNOCK_FUNC void MoE::count() {
   const NoGradGuard no_grad;
-  load_ = expert_load(routing_.indices, options_.experts);
-  dropped_ = sum((kept < 0).to(DType::i64));
-  if (!is_training() || autograd::is_recomputing() || kept.numel() == 0) return;
-  health_.load.add_(load_);
-  health_.dropped.add_(dropped_);
+  health_.load.add_(load());
+  health_.dropped.add_(dropped());
   health_.logit_max.copy_(maximum(health_.logit_max, amax(abs(routing_.logits)).to(DType::f32)));
 }
 
 KNOCK_FUNC Tensor MoE::balance_loss(const Tensor& batch_load) const {
-  check(load_.defined(), "MoE", "balance_loss needs a forward first");
+  check(routing_.logits.defined(), "MoE", "balance_loss needs a forward first");
   return nn::balance_loss(routing_.probabilities, batch_load);
 }
 
 KNOCK_FUNC Tensor MoE::z_loss() const {
-  check(load_.defined(), "MoE", "z_loss needs a forward first");
+  check(routing_.logits.defined(), "MoE", "z_loss needs a forward first");
   return router_z_loss(routing_.logits);
 }
 
