@@ -3,7 +3,9 @@
 
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cerrno>
+#include <cmath>
 #include <csignal>
 #include <cstdio>
 #include <string>
@@ -16,12 +18,13 @@ namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
 
-void run(const std::string& folder, const std::string& prompt, const train::SampleOptions& options) {
+void run(const std::string& folder, const std::string& prompt, bool bf16_weights, const train::SampleOptions& options) {
   train::check_options(options);
   const train::Checkpoint checkpoint = train::open_checkpoint(folder);
   const data::Tokenizer tokenizer = checkpoint.tokenizer();
   const auto model = models::load(checkpoint.folder);
   model->absorb_knocks();
+  if (bf16_weights) model->store_weights(DType::bf16);
   const bool terminal = ::isatty(STDOUT_FILENO) == 1;
   const auto print = [terminal](std::string_view words) {
     const std::string piece = terminal ? train::printable(words) : std::string(words);
@@ -30,8 +33,14 @@ void run(const std::string& folder, const std::string& prompt, const train::Samp
     return !interrupted;
   };
   print(prompt);
-  train::generate(*model, tokenizer, prompt, options, print);
+  const train::GenerateStats stats = train::generate(*model, tokenizer, prompt, options, print);
   print("\n");
+  const auto rate = [](int64_t tokens, double seconds) {
+    return text(tokens, " tokens, ", std::llround(static_cast<double>(tokens) / std::max(seconds, 1e-9)), " a second");
+  };
+  if (stats.new_tokens > 1)
+    std::fprintf(stderr, "prompt: %s; text: %s\n", rate(stats.prompt_tokens, stats.prompt_seconds).c_str(),
+                 rate(stats.new_tokens - 1, stats.seconds).c_str());
 }
 
 }  // namespace
@@ -39,7 +48,7 @@ void run(const std::string& folder, const std::string& prompt, const train::Samp
 int main(int argc, char** argv) {
   CLI::App app{"Continues a text with a trained model.", "./run generate"};
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  std::string folder, prompt;
+  std::string folder, prompt, precision = "f32";
   train::SampleOptions options;
   app.add_option("DIR", folder, "a run's folder, or one of its checkpoints")->required();
   app.add_option("--prompt", prompt, "what the text begins with");
@@ -49,6 +58,10 @@ int main(int argc, char** argv) {
   app.add_option("--top-p", options.top_p, "choose among the likeliest tokens of this probability")
       ->capture_default_str();
   app.add_option("--seed", options.seed, "seed of the choice")->capture_default_str();
+  app.add_option("--precision", precision,
+                 "f32 or bf16: of weights and arithmetic; bf16 is faster and a little coarser")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp& help) {
@@ -59,7 +72,7 @@ int main(int argc, char** argv) {
   }
   std::signal(SIGINT, [](int) { interrupted = 1; });
   try {
-    run(folder, prompt, options);
+    run(folder, prompt, precision == "bf16", options);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "generate: %s\n", train::one_line(error.what()).c_str());

@@ -24,7 +24,7 @@ TEST_CASE("train_lm: trains, and leaves a log, curves and checkpoints") {
   CHECK_FALSE(contains(outcome.out, "\x1b"));
   for (const char* file : {"log.jsonl", "curves.html", "checkpoints/step-00000003", "checkpoints/step-00000006"})
     CHECK_MESSAGE(fs::exists(tiny.folder / ("run/" + std::string(file))), file);
-  check_success(tiny.generate("--prompt Emma"));
+  check_text(tiny.generate("--prompt Emma"));
 }
 
 TEST_CASE("train_lm: --help and --dry-run") {
@@ -57,7 +57,7 @@ TEST_CASE("train_lm: every kind of attention trains, is resumed and generates, w
     check_success(
         tiny.train("--train.document_mask=true --model.attention=" + kind + " --model.knock.v=" + entry.second, kind));
     check_success(tiny.resume("--train.steps=8", kind));
-    check_success(tiny.generate("--prompt Emma", kind));
+    check_text(tiny.generate("--prompt Emma", kind));
   }
   check_failure(tiny.train("--model.attention=mla --model.knock.v=mlp"), "only a linear knock");
   check_failure(tiny.train("--model.attention=gta --model.knock.k=linear"), "no meaning in gta");
@@ -149,7 +149,7 @@ TEST_CASE("train_lm: bad data leaves the run that is there alone") {
   check_success(second);
   CHECK(contains(second.out, "earlier-1"));
   CHECK(tiny.read("run/earlier-1/log.jsonl") == log);
-  check_success(tiny.generate("", "run/earlier-1"));
+  check_text(tiny.generate("", "run/earlier-1"));
 }
 
 TEST_CASE("train_lm: a file that may not grow, as a full disk, leaves the last checkpoint") {
@@ -159,7 +159,7 @@ TEST_CASE("train_lm: a file that may not grow, as a full disk, leaves the last c
                 "File too large");
   CHECK(fs::exists(tiny.folder / "run/checkpoints/step-00000003"));
   CHECK_FALSE(fs::exists(tiny.folder / "run/checkpoints/step-00000006"));
-  check_success(tiny.generate());
+  check_text(tiny.generate());
   check_success(tiny.resume("--train.steps=6"));
   CHECK(fs::exists(tiny.folder / "run/checkpoints/step-00000006"));
 }
@@ -249,7 +249,7 @@ TEST_CASE("train_lm: a reader of the output that goes away ends the run like Ctr
   check_success(
       run(tiny.command("--train.steps=3000 --train.sample_tokens=0 --train.eval_every=0") + " | head -c 1 >/dev/null"));
   for (int i = 0; i < 200 && !fs::exists(tiny.folder / "run/checkpoints"); ++i) ::usleep(50000);
-  check_success(tiny.generate());
+  check_text(tiny.generate());
 }
 
 TEST_CASE("train_lm: a terminal gets one line that renews itself and fits") {
@@ -279,7 +279,7 @@ TEST_CASE("train_lm: a folder of one's own texts, with a vocabulary that they ca
   check_success(outcome);
   CHECK(contains(outcome.out, "step 50/50"));
   CHECK_FALSE(contains(outcome.out, "5000 tokens in the vocabulary"));
-  check_success(tiny.generate("--prompt 'the novel'"));
+  check_text(tiny.generate("--prompt 'the novel'"));
   check_success(tiny.resume("--train.steps=52"));
 
   const Outcome given = tiny.train("--data.tokenizer=" + (tiny.folder / "run/checkpoints/step-00000052/tokenizer.json"),

@@ -63,4 +63,12 @@ inline void check_success(const Outcome& outcome) {
   CHECK(outcome.err == "");
 }
 
+/// Of generate: a text, and where it has some tokens one line about its speed.
+inline void check_text(const Outcome& outcome) {
+  CAPTURE(outcome.err);
+  CHECK(outcome.code == 0);
+  CHECK((outcome.err.empty() || outcome.err.starts_with("prompt: ")));
+  CHECK(std::count(outcome.err.begin(), outcome.err.end(), '\n') <= 1);
+}
+
 }  // namespace test

@@ -28,10 +28,17 @@ int32_t draw_token(std::span<const float> logits, const SampleOptions& options, 
 /// Length of the longest prefix that does not end inside a UTF-8 character. Bytes that are no UTF-8 count as whole.
 std::size_t whole_characters(std::string_view bytes);
 
+/// What a generation did and how long it took.
+struct GenerateStats {
+  int64_t prompt_tokens = 0, new_tokens = 0;  ///< new ones without the end of the document
+  double prompt_seconds = 0;                  ///< until the first token was drawn
+  double seconds = 0;                         ///< from then on
+};
+
 /// Continues `prompt`, calling `emit` with pieces of text (whole UTF-8 characters) as they come, until max_tokens, the
 /// end of a document, or `emit` returns false. Independent of the global generator. An empty prompt starts a document.
-void generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
-              const SampleOptions& options, const std::function<bool(std::string_view)>& emit);
+GenerateStats generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
+                       const SampleOptions& options, const std::function<bool(std::string_view)>& emit);
 
 /// The same as one string, prompt included.
 std::string sample(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
@@ -44,6 +51,7 @@ std::string sample(models::MoeLm& model, const data::Tokenizer& tokenizer, std::
 #include <knock/core/philox.hpp>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <numeric>
 
@@ -125,8 +133,8 @@ KNOCK_FUNC int32_t draw_token(std::span<const float> logits, const SampleOptions
   return taken.back();
 }
 
-KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
-                         const SampleOptions& options, const std::function<bool(std::string_view)>& emit) {
+KNOCK_FUNC GenerateStats generate(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
+                                  const SampleOptions& options, const std::function<bool(std::string_view)>& emit) {
   check_options(options);
   const NoGradGuard no_grad;
   const bool was_training = model.is_training();
@@ -135,6 +143,11 @@ KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer,
   for (const int32_t id : tokenizer.encode_ordinary(prompt)) input.push_back(id);
   auto caches = model.make_caches();
   std::string pending;
+  GenerateStats stats{.prompt_tokens = static_cast<int64_t>(input.size())};
+  const auto now = [] {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  };
+  const double start = now();
   for (int64_t i = 0; i < options.max_tokens; ++i) {
     const auto length = static_cast<int64_t>(input.size());
     const Tensor logits =
@@ -143,7 +156,9 @@ KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer,
     const auto random = philox4x32(options.seed, static_cast<uint64_t>(i), 0);
     const auto usable = std::span(values).first(static_cast<std::size_t>(tokenizer.vocab_size()));
     const int32_t token = draw_token(usable, options, uniform_double(random[0], random[1]));
+    (i == 0 ? stats.prompt_seconds : stats.seconds) = now() - start - stats.prompt_seconds;
     if (token == tokenizer.eos_id()) break;
+    ++stats.new_tokens;
     pending += tokenizer.decode(token);
     const std::size_t whole = whole_characters(pending);
     if (whole > 0 && !emit(std::string_view(pending).substr(0, whole))) {
@@ -155,6 +170,7 @@ KNOCK_FUNC void generate(models::MoeLm& model, const data::Tokenizer& tokenizer,
   }
   if (!pending.empty()) emit(pending);
   model.train(was_training);
+  return stats;
 }
 
 KNOCK_FUNC std::string sample(models::MoeLm& model, const data::Tokenizer& tokenizer, std::string_view prompt,
