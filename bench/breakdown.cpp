@@ -6,7 +6,8 @@
 //
 // FLOPs and bytes are counted as core/trace.hpp says. Percentages are of the peak of multiply-adds (for bf16, of dot
 // products) and of what all threads read from memory, which bytes from a cache exceed. `over ms` is the time above the
-// larger of the two limits (the roofline): what a perfect kernel would win. Times are medians over the steps.
+// larger of the two limits (the roofline): what a perfect kernel would win. What is not backward is forward, the
+// optimizer's kernels too. Times are medians over the steps.
 #include "measure.hpp"
 #include "shapes.hpp"
 
