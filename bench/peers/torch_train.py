@@ -11,13 +11,11 @@ bf16 once a step, and the residual stream is bf16, as ours is. Compiling and thr
 Prints one JSON line.
 """
 
-import argparse
-import json
 import math
-import resource
 import time
 from dataclasses import dataclass
 
+import measure
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -44,8 +42,11 @@ SHAPES = {
     "long": Shape(8192, 4, 512, 8, 2, 64, 16, 4, 256, 1, 8192),
     "many": Shape(8192, 4, 512, 8, 2, 64, 128, 8, 96, 4, 512),
     "dense": Shape(8192, 8, 512, 8, 8, 64, 0, 0, 1408, 4, 512),
-    "default": Shape(2048, 4, 256, 8, 2, 32, 8, 2, 192, 16, 256),
+    "default": Shape(2048, 4, 256, 8, 2, 32, 8, 2, 192, 8, 256),
 }
+
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def normal(*shape, deviation=0.02):
@@ -125,11 +126,13 @@ def expert_groups(x, counts, weights, gate_up, down):
     return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
 
 
-class MoE(nn.Module):
-    experts = staticmethod(expert_loop)
+EXPERTS = {"loop": expert_loop, "grouped": expert_groups}
 
-    def __init__(self, s):
+
+class MoE(nn.Module):
+    def __init__(self, s, experts):
         super().__init__()
+        self.experts = EXPERTS[experts]
         self.top_k, self.count = s.top_k, s.experts
         self.router = normal(s.experts, s.hidden)
         self.register_buffer("bias", torch.zeros(s.experts))
@@ -157,10 +160,10 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, s):
+    def __init__(self, s, experts):
         super().__init__()
         self.attention_norm, self.mlp_norm = RMSNorm(s.hidden), RMSNorm(s.hidden)
-        self.attention, self.mlp = Attention(s), MoE(s) if s.experts else Mlp(s)
+        self.attention, self.mlp = Attention(s), MoE(s, experts) if s.experts else Mlp(s)
 
     def forward(self, h, table):
         h = h + self.attention(self.attention_norm(h), table)
@@ -168,18 +171,19 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, s, dtype=torch.float32):
+    def __init__(self, s, dtype=torch.float32, experts="loop"):
         super().__init__()
         self.dtype = dtype
         self.embedding = normal(s.vocab, s.hidden, deviation=1 / math.sqrt(s.hidden))
-        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.layers = nn.ModuleList(Layer(s, experts) for _ in range(s.layers))
         self.norm = RMSNorm(s.hidden)
         self.table = rope_table(s)
 
     def forward(self, tokens, targets):
         h = F.embedding(tokens, self.embedding).to(self.dtype)
+        table = [part[: tokens.shape[1]] for part in self.table]
         for layer in self.layers:
-            h = layer(h, self.table)
+            h = layer(h, table)
         logits = F.linear(self.norm(h), self.embedding.to(self.dtype))
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -193,59 +197,51 @@ def flop(s):
     return s.batch * s.tokens * 6 * (weights + s.layers * q * s.tokens)
 
 
-def make_step(s, dtype, compiled):
-    """A function that makes one training step and gives the loss."""
-    model = Model(s, dtype)
-    parameters = list(model.parameters())
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    forward = torch.compile(model, dynamic=False) if compiled else model
+class Training:
+    """A model with its optimizer."""
 
-    def step(tokens, targets):
-        loss = forward(tokens, targets)
+    def __init__(self, s, dtype, experts, compiled, lr=1e-3, betas=(0.9, 0.999)):
+        self.model = Model(s, dtype, experts)
+        self.parameters = list(self.model.parameters())
+        groups = [{"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": 0.1},
+                  {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
+
+    def step(self, tokens, targets):
+        loss = self.forward(tokens, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for layer in model.layers:
-            if s.experts:
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, MoE):
                 layer.mlp.update_bias()
         return loss.item()
 
-    return step
-
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", choices=SHAPES, default="tiny")
-    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser = measure.parser(__doc__, config=list(SHAPES), precision=list(DTYPES), experts=list(EXPERTS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--experts", choices=["loop", "grouped"], default="loop")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1)
-    if arguments.experts == "grouped":
-        MoE.experts = staticmethod(expert_groups)
     s = SHAPES[arguments.config]
-    step = make_step(s, {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.precision], arguments.compile)
+    training = Training(s, DTYPES[arguments.precision], arguments.experts, arguments.compile)
     text = torch.randint(0, s.vocab, (s.batch, s.tokens + 1))
     tokens, targets = text[:, :-1].contiguous(), text[:, 1:].contiguous()
     losses, seconds = [], []
     for _ in range(3 + arguments.steps):
         start = time.perf_counter()
-        losses.append(step(tokens, targets))
+        losses.append(training.step(tokens, targets))
         seconds.append(time.perf_counter() - start)
-    seconds = sorted(seconds[3:])
-    median = seconds[len(seconds) // 2]
-    print(json.dumps({
-        "config": arguments.config, "precision": arguments.precision, "threads": arguments.threads,
-        "kind": ("compile" if arguments.compile else "eager") + ", " + arguments.experts,
-        "step_s": median, "step_s_min": seconds[0], "step_s_max": seconds[-1], "gflop": flop(s) / 1e9,
-        "gflops_per_s": flop(s) / median / 1e9, "first_loss": losses[0],
-        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    seconds = seconds[3:]
+    measure.row(config=arguments.config, precision=arguments.precision, threads=arguments.threads,
+                kind=f"{'compile' if arguments.compile else 'eager'}, {arguments.experts}",
+                step_s=measure.median(seconds), step_s_min=min(seconds), step_s_max=max(seconds),
+                gflops_per_s=flop(s) / measure.median(seconds) / 1e9, first_loss=losses[0],
+                peak_rss_mib=measure.peak_rss_mib())
 
 
 if __name__ == "__main__":

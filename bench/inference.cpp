@@ -1,0 +1,98 @@
+// reading a prompt of 512 tokens, then decoding 64 with a cache: tokens/s, one sequence
+//
+//   ./run bench inference [--precision f32|bf16] [--threads N] [--checkpoint DIR] [--save DIR] [--json]
+//
+// The model is a random one of shape small as a Qwen3-MoE (softmax router, no knocks), or that of a checkpoint; --save
+// writes it as a checkpoint, for ./run export. What decoding reads of memory are the weights that a token meets.
+#include <knock/train.hpp>
+
+#include "measure.hpp"
+
+#include <random>
+
+using namespace knock;
+
+namespace {
+
+constexpr int64_t prompt_length = 512, decoded = 64;
+
+/// A vocabulary of 8192 for a model that never saw text.
+data::Tokenizer any_tokenizer() {
+  std::mt19937 random(1);
+  std::string words;
+  for (int i = 0; i < 400000; ++i) words.push_back(random() % 6 == 0 ? ' ' : static_cast<char>('a' + random() % 26));
+  return data::Tokenizer::train(std::vector<std::string>{words}, 8192);
+}
+
+models::MoeLmConfig small_qwen3_moe() {
+  models::MoeLmConfig c;
+  c.vocab_size = 8192, c.layers = 8, c.hidden = 512;
+  c.q_heads = 8, c.kv_heads = 2, c.head_dim = 64, c.knock = {};
+  c.experts = 32, c.top_k = 4, c.expert_ffn = 256;
+  c.router = nn::Router::softmax, c.router_bias = false;
+  return c;
+}
+
+std::unique_ptr<models::MoeLm> make_model(const bench::Options& options) {
+  if (const std::string from = options.text("checkpoint", ""); !from.empty()) return models::load(from);
+  manual_seed(1);
+  auto model = std::make_unique<models::MoeLm>(small_qwen3_moe());
+  if (const std::string to = options.text("save", ""); !to.empty()) {
+    train::Config config;
+    config.model = model->config();
+    config.train.seq_len = 4096;
+    train::save_checkpoint(to, config, any_tokenizer(), model->state_dict(), {}, {});
+  }
+  return model;
+}
+
+int64_t likeliest(const Tensor& logits) {  // (1, T, V)
+  return argmax(logits.select(1, logits.size(1) - 1), 1).item<int64_t>();
+}
+
+void run(const bench::Options& options) {
+  const NoGradGuard no_grad;
+  const auto model = make_model(options);
+  model->eval();
+  model->absorb_knocks();
+  const std::string precision = options.text("precision", "f32");
+  if (precision == "bf16") {
+    model->to(DType::bf16);
+    model->set_compute_dtype(DType::bf16);
+  }
+  const Tensor prompt = randint(0, model->config().vocab_size, {1, prompt_length});
+  std::vector<double> prefill, decode;
+  for (int round = 0; round < 6; ++round) {
+    auto caches = model->make_caches();
+    using Clock = std::chrono::steady_clock;
+    const auto start = Clock::now();
+    int64_t token = likeliest(model->forward(prompt, {.caches = &caches}));
+    const auto middle = Clock::now();
+    for (int64_t i = 0; i < decoded; ++i)
+      token = likeliest(model->forward(from_data(std::vector<int64_t>{token}, {1, 1}), {.caches = &caches}));
+    if (round == 0) continue;
+    prefill.push_back(prompt_length / std::chrono::duration<double>(middle - start).count());
+    decode.push_back(decoded / std::chrono::duration<double>(Clock::now() - middle).count());
+  }
+  const auto weights = static_cast<double>(models::cost(model->config(), prompt_length).matmul_weights);
+  const double gigabytes = weights * (precision == "bf16" ? 2 : 4) / 1e9, limit = bench::read_bandwidth() / gigabytes;
+  bench::Table table(options, "inference",
+                     text("one sequence; decoding reads ", 1e3 * gigabytes, " MB a token, memory allows ", limit,
+                          " tokens/s (caches may allow more)"));
+  table.row({{"precision", precision},
+             {"prefill_per_s", bench::Measured{bench::spread_of(prefill)}},
+             {"decode_per_s", bench::Measured{bench::spread_of(decode), limit}},
+             {"peak_rss_mib", bench::peak_rss_mib()}});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    run(bench::Options(argc, argv, {"precision", "checkpoint", "save"}));
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "inference: %.280s\n", error.what());
+    return 1;
+  }
+}
