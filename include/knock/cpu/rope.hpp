@@ -3,7 +3,7 @@
 //
 // The cosines and sines of all positions are computed once a call, in f64: a position is split into 64 h + l, and
 // cos and sin of the sum come from those of the parts, so that a run of positions costs few calls of sincos and a
-// position's angle does not depend on its neighbours.
+// position's angle does not depend on its neighbours. Parts are remembered from call to call.
 
 #include <knock/core/backend.hpp>
 
@@ -25,48 +25,73 @@ void rope(const Array& x, const Array& positions, double theta, bool interleaved
 namespace knock::cpu {
 namespace detail {
 
+/// Cosines and sines of a thread's last angles, kept from call to call: in decoding, those of one position for all
+/// layers, and the low parts for all positions.
+class RopeAngles {
+ public:
+  static constexpr int64_t block = 64;
+
+  /// Angles position * theta^(-i / half), i < half.
+  static RopeAngles& of(int64_t half, double theta) {
+    thread_local RopeAngles angles;
+    if (angles.half_ != half || angles.theta_ != theta) angles = RopeAngles(half, theta);
+    return angles;
+  }
+
+  /// Cosines, then sines, of a position's angles: c and s (half).
+  template <class C>
+  void fill(int64_t position, bool inverse, C* c, C* s) {
+    const int64_t low = position & (block - 1), high = position - low;
+    double *const low_cos = low_.data() + 2 * low * half_, *const low_sin = low_cos + half_;
+    double *const high_cos = high_.data(), *const high_sin = high_cos + half_;
+    if (!known_low_[low]) fill_exact(low, low_cos, low_sin);
+    if (!high_known_ || high != known_high_) fill_exact(high, high_cos, high_sin);
+    known_low_[low] = high_known_ = true;
+    known_high_ = high;
+    const double sign = inverse ? -1 : 1;
+    KNOCK_SIMD
+    for (int64_t i = 0; i < half_; ++i) {
+      c[i] = static_cast<C>(high_cos[i] * low_cos[i] - high_sin[i] * low_sin[i]);
+      s[i] = static_cast<C>(sign * (high_sin[i] * low_cos[i] + high_cos[i] * low_sin[i]));
+    }
+  }
+
+ private:
+  RopeAngles() = default;
+  RopeAngles(int64_t half, double theta)
+      : half_(half),
+        theta_(theta),
+        frequency_(static_cast<std::size_t>(half)),
+        low_(static_cast<std::size_t>(2 * block * half)),
+        high_(static_cast<std::size_t>(2 * half)) {
+    for (int64_t i = 0; i < half; ++i)
+      frequency_[static_cast<std::size_t>(i)] = std::pow(theta, -static_cast<double>(i) / static_cast<double>(half));
+  }
+
+  void fill_exact(int64_t position, double* cosines, double* sines) const {
+    for (int64_t i = 0; i < half_; ++i) {
+      const double angle = static_cast<double>(position) * frequency_[static_cast<std::size_t>(i)];
+      cosines[i] = std::cos(angle);
+      sines[i] = std::sin(angle);
+    }
+  }
+
+  int64_t half_ = 0, known_high_ = 0;
+  double theta_ = 0;
+  bool high_known_ = false, known_low_[block] = {};
+  std::vector<double> frequency_, low_, high_;  // low_ (block, 2, half), high_ (2, half)
+};
+
 /// table (positions, D/2): cosines, then as many sines.
 template <class C>
 void fill_rope_table(const Array& positions, int64_t half, double theta, bool inverse, C* cosines, C* sines) {
-  constexpr int64_t block = 64;
-  std::vector<double> low_cos(static_cast<std::size_t>(block * half)), low_sin(low_cos.size()), frequency;
-  for (int64_t i = 0; i < half; ++i)
-    frequency.push_back(std::pow(theta, -static_cast<double>(i) / static_cast<double>(half)));
   const int64_t axis = positions.rank() - 1, length = positions.shape[axis];
-  const auto position_at = [&](int64_t n) {
-    const int64_t row = positions.rank() == 2 ? n / length * positions.strides[0] : 0;
-    return positions.as<int64_t>()[row + n % length * positions.strides[axis]];
-  };
-  bool occurs[block] = {};
-  for (int64_t n = 0; n < positions.numel(); ++n) occurs[position_at(n) & (block - 1)] = true;
-  for (int64_t low = 0; low < block; ++low)
-    for (int64_t i = 0; occurs[low] && i < half; ++i) {
-      const double angle = static_cast<double>(low) * frequency[static_cast<std::size_t>(i)];
-      low_cos[static_cast<std::size_t>(low * half + i)] = std::cos(angle);
-      low_sin[static_cast<std::size_t>(low * half + i)] = std::sin(angle);
-    }
   parallel_for(positions.numel(), 256, [&](int64_t begin, int64_t end) {
-    std::vector<double> high_cos(static_cast<std::size_t>(half)), high_sin(high_cos.size());
-    int64_t known = -1;  // the multiple of 64 that high_cos and high_sin hold; -1 for none
+    RopeAngles& angles = RopeAngles::of(half, theta);
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t position = position_at(n), low = position & (block - 1), high = position - low;
-      if (high != known || n == begin) {
-        known = high;
-        for (int64_t i = 0; i < half; ++i) {
-          const double angle = static_cast<double>(high) * frequency[static_cast<std::size_t>(i)];
-          high_cos[static_cast<std::size_t>(i)] = std::cos(angle);
-          high_sin[static_cast<std::size_t>(i)] = std::sin(angle);
-        }
-      }
-      const double *hc = high_cos.data(), *hs = high_sin.data();
-      const double *lc = low_cos.data() + low * half, *ls = low_sin.data() + low * half;
-      C *c = cosines + n * half, *s = sines + n * half;
-      const double sign = inverse ? -1 : 1;
-      KNOCK_SIMD
-      for (int64_t i = 0; i < half; ++i) {
-        c[i] = static_cast<C>(hc[i] * lc[i] - hs[i] * ls[i]);
-        s[i] = static_cast<C>(sign * (hs[i] * lc[i] + hc[i] * ls[i]));
-      }
+      const int64_t row = positions.rank() == 2 ? n / length * positions.strides[0] : 0;
+      const int64_t position = positions.as<int64_t>()[row + n % length * positions.strides[axis]];
+      angles.fill(position, inverse, cosines + n * half, sines + n * half);
     }
   });
 }

@@ -290,8 +290,12 @@ KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
   check(!inputs.caches || inputs.caches->size() == layers_.size(), "MoeLm", "needs one cache for each of ",
         layers_.size(), " layers");
   Tensor h = embed_tokens_(tokens).to(compute_dtype_);  // (B, T, C)
+  const int64_t past = inputs.caches && !inputs.caches->empty() ? inputs.caches->front().length() : 0;
+  const Tensor positions = inputs.positions.defined()
+                               ? inputs.positions
+                               : arange(past, past + tokens.size(1), 1, {DType::i64, tokens.device()});
   for (std::size_t i = 0; i < layers_.size(); ++i)
-    h = layers_[i]->forward(h, {.positions = inputs.positions,
+    h = layers_[i]->forward(h, {.positions = positions,
                                 .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr,
                                 .documents = inputs.documents});
   if (inputs.last_only && tokens.size(1) > 1) h = h.narrow(1, tokens.size(1) - 1, 1);

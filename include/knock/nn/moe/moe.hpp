@@ -115,7 +115,7 @@ KNOCK_FUNC void MoE::count() {
 }
 
 KNOCK_FUNC Tensor MoE::balance_loss(const Tensor& batch_load) const {
-  check(routing_.logits.defined(), "MoE", "balance_loss needs a forward first");
+  check(routing_.probabilities.defined(), "MoE", "balance_loss needs a forward in training first");
   return nn::balance_loss(routing_.probabilities, batch_load);
 }
 

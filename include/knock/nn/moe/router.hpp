@@ -46,7 +46,7 @@ int64_t expert_capacity(const MoEOptions& options, int64_t tokens);
 /// What the router decided for N tokens.
 struct Routing {
   Tensor logits;         // (N, E) f32, or f64 for an x of f64; so are the next and the weights
-  Tensor probabilities;  // (N, E), rows sum to one
+  Tensor probabilities;  // (N, E), rows sum to one; undefined in evaluation, where no loss needs them
   Tensor indices;        // (N, k) i64
   Tensor weights;        // (N, k)
 };
@@ -124,7 +124,7 @@ KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
   out.logits = linear(x.to(precise), weight.to(precise));
   const bool sigmoid_scores = options_.router == Router::sigmoid;
   const Tensor scores = sigmoid_scores ? sigmoid(out.logits) : softmax(out.logits, -1);
-  out.probabilities = sigmoid_scores ? scores / (sum(scores, {-1}, true) + 1e-20) : scores;
+  if (is_training()) out.probabilities = sigmoid_scores ? scores / (sum(scores, {-1}, true) + 1e-20) : scores;
   out.indices = choose(scores);
   out.weights = gather(scores, 1, out.indices);
   if (options_.norm_topk_prob) out.weights = out.weights / (sum(out.weights, {-1}, true) + 1e-20);
