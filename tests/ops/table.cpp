@@ -320,6 +320,7 @@ const std::vector<Family>& families() {
       {.op = "swiglu", .call = OP(swiglu(x[0], x[1])), .twin = OP(composite::swiglu(x[0], x[1]))},
       {.op = "scaled_dot_product_attention",
        .call = OP(scaled_dot_product_attention(x[0], x[1], x[2], attention_options(x, a))),
+       .roundings = 2,  // probabilities, and the result
        .twin = OP(composite::scaled_dot_product_attention(x[0], x[1], x[2], attention_options(x, a))),
        .large = LARGE(f64({2, 4, 150, 16}), f64({2, 2, 170, 16}), f64({2, 2, 170, 16})),
        .large_args = "causal=bottom_right"},

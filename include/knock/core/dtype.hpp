@@ -16,6 +16,11 @@ struct bf16 {
 
   bf16() = default;
   KNOCK_HD bf16(float value) : bits(round(std::bit_cast<uint32_t>(value))) {}
+  /// Without a temporary, which would keep loops from being vectorised.
+  KNOCK_HD bf16& operator=(float value) {
+    bits = round(std::bit_cast<uint32_t>(value));
+    return *this;
+  }
   KNOCK_HD operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
 
   KNOCK_HD static constexpr uint16_t round(uint32_t f) {

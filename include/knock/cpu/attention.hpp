@@ -36,6 +36,7 @@ void attention_backward(const AttentionScores& scores, const Array& q, const Arr
 #include <knock/core/parallel.hpp>
 #include <knock/cpu/attention_decode.hpp>
 #include <knock/cpu/gemm_tile.hpp>
+#include <knock/cpu/row.hpp>
 #include <knock/cpu/scratch.hpp>
 
 #include <cmath>
@@ -183,61 +184,78 @@ Matrix<T> head_of(const Array& x, int64_t b, int64_t h) {
 
 /// Rows [0, rows) of x (rows, n) as units along their features, `stride` units a row, zeros behind.
 template <class P, class T>
-void rows_along(Matrix<const T> x, int64_t rows, int64_t n, int64_t stride, P* to) {
-  for (int64_t i = 0; i < rows; ++i, to += stride) {
-    if (x.col_stride == 1) {
-      units_along_k<T, P>(x.data + i * x.row_stride, n, to);
-    } else {
-      for (int64_t u = 0; u < units_of<P>(n); ++u) to[u] = unit_at<T, P>(x.t(), u * unit_size<P>, i, n);
+void rows_along(Matrix<const T> x, int64_t rows, int64_t n, int64_t stride, P* first) {
+  vectorized([&] {
+    P* to = first;
+    for (int64_t i = 0; i < rows; ++i, to += stride) {
+      if (x.col_stride == 1) {
+        units_along_k<T, P>(x.data + i * x.row_stride, n, to);
+      } else {
+        for (int64_t u = 0; u < units_of<P>(n); ++u) to[u] = unit_at<T, P>(x.t(), u * unit_size<P>, i, n);
+      }
+      std::fill(to + units_of<P>(n), to + stride, P());
     }
-    std::fill(to + units_of<P>(n), to + stride, P());
-  }
+  });
 }
 
 /// The same as units across rows, `cols` units each; rows whose mark is 1 as zeros.
 template <class P, class T>
-void rows_across(Matrix<const T> x, int64_t rows, int64_t n, int64_t cols, const uint8_t* marks, P* to) {
+void rows_across(Matrix<const T> x, int64_t rows, int64_t n, int64_t cols, const uint8_t* marks, P* first) {
   const auto element = [&](int64_t i, int64_t d) { return i < rows && !marks[i] ? x(i, d) : T(0); };
-  for (int64_t i = 0; i < rows; i += unit_size<P>, to += cols) {
-    const T* const row = x.data + i * x.row_stride;
-    const bool two = unit_size<P> == 2 && i + 1 < rows;
-    if (x.col_stride == 1 && !marks[i] && !(two && marks[i + 1])) {
-      units_across_k<T, P>(row, two ? row + x.row_stride : nullptr, n, to);
-    } else {
-      for (int64_t d = 0; d < n; ++d) {
-        if constexpr (std::is_same_v<P, Pair>) {
-          to[d] = {static_cast<bf16>(element(i, d)), static_cast<bf16>(element(i + 1, d))};
-        } else {
-          to[d] = static_cast<P>(element(i, d));
+  vectorized([&] {
+    P* to = first;
+    for (int64_t i = 0; i < rows; i += unit_size<P>, to += cols) {
+      const T* const row = x.data + i * x.row_stride;
+      const bool two = unit_size<P> == 2 && i + 1 < rows;
+      if (x.col_stride == 1 && !marks[i] && !(two && marks[i + 1])) {
+        units_across_k<T, P>(row, two ? row + x.row_stride : nullptr, n, to);
+      } else {
+        for (int64_t d = 0; d < n; ++d) {
+          if constexpr (std::is_same_v<P, Pair>) {
+            to[d] = {static_cast<bf16>(element(i, d)), static_cast<bf16>(element(i + 1, d))};
+          } else {
+            to[d] = static_cast<P>(element(i, d));
+          }
         }
       }
+      std::fill(to + n, to + cols, P());
     }
-    std::fill(to + n, to + cols, P());
-  }
+  });
 }
 
 template <class T, class C>
 void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> to) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < n; ++j) to(i, j) = static_cast<T>(from[i * stride + j]);
+  vectorized([&] {
+    for (int64_t i = 0; i < rows; ++i, from += stride) {
+      T* const row = to.data + i * to.row_stride;
+      if (to.col_stride == 1) {
+        KNOCK_SIMD
+        for (int64_t j = 0; j < n; ++j) row[j] = from[j];
+      } else {
+        for (int64_t j = 0; j < n; ++j) row[j * to.col_stride] = from[j];
+      }
+    }
+  });
 }
 
 /// marks[i] = whether row i of x (rows, n) holds NaN or an infinity.
 template <class T>
 void mark_not_finite(Matrix<const T> x, int64_t rows, int64_t n, uint8_t* marks) {
   using C = compute_t<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* const row = x.data + i * x.row_stride;
-    C lanes[16] = {}, sum = 0;  // of zeros, or NaN
-    int64_t j = 0;
-    for (; x.col_stride == 1 && j + 16 <= n; j += 16) {
-      KNOCK_SIMD
-      for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(row[j + lane]) * C(0);
+  vectorized([&] {
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* const row = x.data + i * x.row_stride;
+      C lanes[16] = {}, sum = 0;  // of zeros, or NaN
+      int64_t j = 0;
+      for (; x.col_stride == 1 && j + 16 <= n; j += 16) {
+        KNOCK_SIMD
+        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(row[j + lane]) * C(0);
+      }
+      for (; j < n; ++j) sum += static_cast<C>(row[j * x.col_stride]) * C(0);
+      for (const C lane : lanes) sum += lane;
+      marks[i] = !(sum == 0);
     }
-    for (; j < n; ++j) sum += static_cast<C>(row[j * x.col_stride]) * C(0);
-    for (const C lane : lanes) sum += lane;
-    marks[i] = !(sum == 0);
-  }
+  });
 }
 
 /// Calls body(i) for every i of the range whose mark is 1.
@@ -447,13 +465,15 @@ void clear_outside(C* s, int64_t n, Range keep) {
   std::fill(s + std::clamp<int64_t>(std::max(keep.begin, keep.end), 0, n), s + n, C(0));
 }
 
-/// to (rows, stride) = p, as units along its rows of n elements, in which they end.
+/// p (rows, n), rows `stride` elements apart, as units along its rows: p itself, or written to `to`.
 template <class P, class C>
-const P* probabilities(const C* p, int64_t rows, int64_t n, int64_t stride, [[maybe_unused]] P* to) {
+const P* score_units(const C* p, int64_t rows, int64_t n, int64_t stride, [[maybe_unused]] P* to) {
   if constexpr (std::is_same_v<P, C>) {
     return p;
   } else {
-    for (int64_t r = 0; r < rows; ++r) units_along_k<C, P>(p + r * stride, n, to + r * stride / unit_size<P>);
+    vectorized([&] {
+      for (int64_t r = 0; r < rows; ++r) units_along_k<C, P>(p + r * stride, n, to + r * stride / unit_size<P>);
+    });
     return to;
   }
 }
@@ -499,7 +519,7 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
         }
         clear_outside(line + col, cols, {own.begin - start - col, own.end - start - col});
       }
-      const P* const weights = probabilities(s + col, rows, cols, key_tile, s_units);  // from key start + col
+      const P* const weights = score_units(s + col, rows, cols, key_tile, s_units);  // from key start + col
       const int64_t skip = (seen.begin - start - col) / unit, units = units_of<P>(seen.end - start - col) - skip;
       a.product(rows, a.value_cols, units, 1, weights + skip, key_tile / unit, 1,
                 values + ((start + col) / unit + skip) * a.value_cols, 1, a.value_cols, true,
@@ -556,11 +576,16 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
   std::fill(dq, dq + a.queries * dc, C(0));
   mark_not_finite(q_head, a.queries, a.depth, bad_queries);
   mark_not_finite(dout, a.queries, a.value_depth, bad_dout);
-  for (int64_t i = 0; i < a.queries; ++i) {
-    bad_queries[i] |= bad_dout[i];
-    delta[i] = 0;
-    for (int64_t d = 0; d < a.value_depth; ++d) delta[i] += static_cast<C>(dout(i, d)) * static_cast<C>(out(i, d));
-  }
+  vectorized([&] {
+    for (int64_t i = 0; i < a.queries; ++i) {
+      bad_queries[i] |= bad_dout[i];
+      const T *const dy = &dout(i, 0), *const y = &out(i, 0);
+      const auto term = [&](int64_t d) {
+        return static_cast<C>(dy[d * dout.col_stride]) * static_cast<C>(y[d * out.col_stride]);
+      };
+      delta[i] = row_sum<C>(a.value_depth, term);
+    }
+  });
   rows_across(q_head, a.queries, a.depth, dc, bad_queries, q_across.data());
   rows_across(dout, a.queries, a.value_depth, vc, bad_queries, dy_across.data());
   const C scale = static_cast<C>(a.scores.scale);
@@ -603,10 +628,10 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});
-          if constexpr (paired) {
-            units_along_k<C, P>(p_row, key_tile, reinterpret_cast<P*>(p_strip + r * key_tile));
-            units_along_k<C, P>(ds_row, key_tile, reinterpret_cast<P*>(ds_strip + r * key_tile));
-          }
+        }
+        if constexpr (paired) {
+          score_units(p_sums, rows, key_tile, key_tile, reinterpret_cast<P*>(p_strip));
+          score_units(ds_sums, rows, key_tile, key_tile, reinterpret_cast<P*>(ds_strip));
         }
         if (seen.empty()) continue;
         const int64_t skip = (seen.begin - start) / unit, units = units_of<P>(seen.end - start) - skip;
@@ -630,12 +655,14 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
       const P *p_units, *ds_units;  // across queries
       if constexpr (paired) {
         P *const p_across = across_buffer.data(), *const ds_across = p_across + query_tile / unit * key_tile;
-        for (int64_t i = 0; i < count; i += unit) {
-          const int64_t next = i + 1 < count ? key_tile : -1;
-          const A *const p_row = p + i * key_tile, *const ds_row = ds + i * key_tile;
-          units_across_k<A, P>(p_row, next > 0 ? p_row + next : nullptr, key_tile, p_across + i / unit * key_tile);
-          units_across_k<A, P>(ds_row, next > 0 ? ds_row + next : nullptr, key_tile, ds_across + i / unit * key_tile);
-        }
+        vectorized([&] {
+          for (int64_t i = 0; i < count; i += unit) {
+            const A *const p_row = p + i * key_tile, *const ds_row = ds + i * key_tile;
+            const bool two = i + 1 < count;
+            units_across_k<A, P>(p_row, two ? p_row + key_tile : nullptr, key_tile, p_across + i / unit * key_tile);
+            units_across_k<A, P>(ds_row, two ? ds_row + key_tile : nullptr, key_tile, ds_across + i / unit * key_tile);
+          }
+        });
         p_units = p_across, ds_units = ds_across;
       } else {
         p_units = p, ds_units = ds;

@@ -160,30 +160,35 @@ void with_type(Operand x, Body&& body) {
 /// to[u] = the units of n elements that lie side by side along K.
 template <class T, class P>
 void units_along_k(const T* from, int64_t n, P* to) {
-  if constexpr (std::is_same_v<P, Pair>) {
-    bf16* const out = reinterpret_cast<bf16*>(to);
-    KNOCK_SIMD
-    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<bf16>(from[i]);
-    if (n % 2 != 0) out[n] = bf16();
+  using A = operand_t<P>;
+  A* const out = reinterpret_cast<A*>(to);
+  if constexpr (std::is_same_v<T, A>) {
+    std::copy(from, from + n, out);
   } else {
     KNOCK_SIMD
-    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<P>(from[i]);
+    for (int64_t i = 0; i < n; ++i) out[i] = static_cast<sum_t<P>>(from[i]);
   }
+  if (n % unit_size<P> != 0) out[n] = A();
 }
 
 /// to[j] = the unit of column j: its elements in the rows `first` and, for pairs, `second` (null: zeros).
 template <class T, class P>
 void units_across_k(const T* first, const T* second, int64_t n, P* to) {
-  if constexpr (std::is_same_v<P, Pair>) {
-    if (second) {
-      KNOCK_SIMD
-      for (int64_t j = 0; j < n; ++j) to[j] = {static_cast<bf16>(first[j]), static_cast<bf16>(second[j])};
-    } else {
-      for (int64_t j = 0; j < n; ++j) to[j] = {static_cast<bf16>(first[j]), bf16()};
+  if constexpr (!std::is_same_v<P, Pair>) {
+    units_along_k<T, P>(first, n, to);
+  } else if (second) {
+    KNOCK_SIMD
+    for (int64_t j = 0; j < n; ++j) {
+      if constexpr (std::is_same_v<T, bf16>) {
+        to[j].first.bits = first[j].bits;
+        to[j].second.bits = second[j].bits;
+      } else {
+        to[j].first = first[j];
+        to[j].second = second[j];
+      }
     }
   } else {
-    KNOCK_SIMD
-    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<P>(first[j]);
+    for (int64_t j = 0; j < n; ++j) to[j] = {static_cast<bf16>(first[j]), bf16()};
   }
 }
 
@@ -267,14 +272,16 @@ Left<P> left_tile(Operand a, int64_t m, int64_t depth) {
   const int64_t units = units_of<P>(depth), width = row_units<P>(depth);
   P* const to = thread_scratch<P>(Slot::left, std::max(m * width, units * m));
   with_type<P>(a, [&]<class T>(Matrix<const T> from) {
-    if (by_column && !by_row) {
-      pack_panel<T, P>(from.t(), depth, m, m, to);
-    } else if (by_row) {
-      for (int64_t i = 0; i < m; ++i) units_along_k<T, P>(from.data + i * from.row_stride, depth, to + i * width);
-    } else {
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t u = 0; u < units; ++u) to[i * width + u] = unit_at<T, P>(from.t(), u * unit, i, depth);
-    }
+    vectorized([&] {
+      if (by_column && !by_row) {
+        pack_panel<T, P>(from.t(), depth, m, m, to);
+      } else if (by_row) {
+        for (int64_t i = 0; i < m; ++i) units_along_k<T, P>(from.data + i * from.row_stride, depth, to + i * width);
+      } else {
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t u = 0; u < units; ++u) to[i * width + u] = unit_at<T, P>(from.t(), u * unit, i, depth);
+      }
+    });
   });
   if (by_column && !by_row) return {to, 1, m};
   return {to, width, 1};
@@ -328,9 +335,21 @@ void scale_addend(int64_t m, int64_t n, sum_t<P> beta, Operand c, Result out) {
   with_type<P>(out, [&]<class To>(Matrix<const To>) {
     with_type<P>(c, [&]<class From>(Matrix<const From> from) {
       const Matrix<To> to = out.as<To>();
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j)
-          to(i, j) = static_cast<To>(beta != 0 ? beta * static_cast<C>(from(i, j)) : C(0));
+      const bool dense = to.col_stride == 1 && (beta == 0 || from.col_stride == 1);
+      vectorized([&] {
+        for (int64_t i = 0; i < m; ++i) {
+          To* const row = to.data + i * to.row_stride;
+          const From* const addend = from.data + i * from.row_stride;
+          if (dense && beta == 0) {
+            std::fill(row, row + n, To(C(0)));
+          } else if (dense) {
+            KNOCK_SIMD
+            for (int64_t j = 0; j < n; ++j) row[j] = beta * static_cast<C>(addend[j]);
+          } else {
+            for (int64_t j = 0; j < n; ++j) to(i, j) = beta != 0 ? beta * static_cast<C>(from(i, j)) : C(0);
+          }
+        }
+      });
     });
   });
 }
@@ -346,16 +365,18 @@ class Accumulator {
       : m_(m), n_(n), alpha_(alpha), beta_(beta), out_(out) {
     const bool dense = out.col_stride == 1, is_sum = out.dtype == dtype_of<C>();
     rounds_ = dense && out.dtype == DType::bf16;
-    if (dense && is_sum && (beta == 0 || (c.dtype == out.dtype && c.col_stride == 1))) {
+    const bool readable = beta == 0 || (c.dtype == dtype_of<C>() && c.col_stride == 1);
+    if (readable) addend_ = c.as<C>();
+    if (dense && is_sum && readable) {
       sums_ = out.as<C>();
-      addend_ = c.as<C>();
-    } else if (!rounds_ || !one_block || beta != 0) {
+    } else if (!rounds_ || !one_block || !readable) {
       const int64_t stride = padded_cols<P>(n);
       sums_ = {thread_scratch<C>(tile, m * stride), stride, 1};
       staged_ = !rounds_;
-      if (beta != 0) scale_addend<P>(m, n, beta, c, sums_);
-      if (beta != 0) beta_ = 1;
+      if (readable) return;
+      scale_addend<P>(m, n, beta, c, sums_);
       addend_ = sums_;
+      beta_ = 1;
     }
   }
 
@@ -432,8 +453,10 @@ void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* 
   const int64_t width = micro_kernels<P>().cols, units = units_of<P>(depth);
   P* const to = packed + p / unit_size<P> * cols;
   detail::with_type<P>(b, [&]<class T>(Matrix<const T> from) {
-    for (int64_t j = 0; j < n; j += width)
-      detail::pack_panel<T, P>(from.block(p, col + j), depth, std::min(width, n - j), width, to + (col + j) * units);
+    vectorized([&] {
+      for (int64_t j = 0; j < n; j += width)
+        detail::pack_panel<T, P>(from.block(p, col + j), depth, std::min(width, n - j), width, to + (col + j) * units);
+    });
   });
 }
 

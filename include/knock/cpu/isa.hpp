@@ -33,6 +33,29 @@ Isa isa();
 /// For tests and benchmarks; not while kernels run. Error when the machine lacks it.
 void set_isa(Isa isa);
 
+namespace detail {
+#if KNOCK_X86
+template <class Body>
+KNOCK_TARGET_AVX512 __attribute__((flatten)) void run_avx512(const Body& body) {
+  body();
+}
+template <class Body>
+KNOCK_TARGET_AVX2 __attribute__((flatten)) void run_avx2(const Body& body) {
+  body();
+}
+#endif
+}  // namespace detail
+
+/// Calls body(), which is compiled, with all that it calls, for every instruction set: for loops over rows.
+template <class Body>
+void vectorized(const Body& body) {
+#if KNOCK_X86
+  if (isa() >= Isa::avx512) return detail::run_avx512(body);
+  if (isa() == Isa::avx2) return detail::run_avx2(body);
+#endif
+  body();
+}
+
 }  // namespace knock::cpu
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_ISA)

@@ -55,7 +55,7 @@ void reduce_losses(const Targets& targets, int64_t rows, int64_t grain, Reductio
   const Storage memory(each ? 0 : chunks * static_cast<int64_t>(sizeof(double)), {});
   double* const partial = static_cast<double*>(memory.data);
   T* const to = out.as<T>();
-  parallel_for(rows, grain, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, grain, [&](int64_t begin, int64_t end) {
     double sum = 0;
     for (int64_t row = begin; row < end; ++row) {
       const double value = targets.ignored(row) ? 0.0 : loss(row);
@@ -137,7 +137,7 @@ KNOCK_FUNC void cross_entropy_backward(const Array& logits, const Array& target,
     const detail::Targets targets("cross_entropy", target, n, options.ignore_index);
     const detail::LossUpstream<T> upstream(dloss, options.reduction, targets.counted());
     const C* const kept = stats.as<C>();
-    parallel_for(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+    parallel_rows(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
       C* const x_buffer = row_scratch<C>(in.buffer_size() + to.buffer_size());
       C* const dx_buffer = x_buffer + in.buffer_size();
       for (int64_t row = begin; row < end; ++row) {

@@ -12,6 +12,7 @@ void swiglu_backward(const Array& gate, const Array& up, const Array& dy, const 
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_MLP)
 #include <knock/core/math.hpp>
+#include <knock/cpu/isa.hpp>
 #include <knock/cpu/iterate.hpp>
 
 namespace knock::cpu {
@@ -23,10 +24,12 @@ KNOCK_FUNC void swiglu(const Array& gate, const Array& up, const Array& out) {
       T* const y = out.as<T>() + offset[0];
       const T* const g = gate.as<T>() + offset[1];
       const T* const u = up.as<T>() + offset[2];
-      const auto at = [](C gated, C value) { return static_cast<T>(gated * math::sigmoid(gated) * value); };
+      const auto at = [](C gated, C value) { return gated * math::sigmoid(gated) * value; };
       if (step[0] == 1 && step[1] == 1 && step[2] == 1) {
-        KNOCK_SIMD
-        for (int64_t i = 0; i < n; ++i) y[i] = at(g[i], u[i]);
+        vectorized([&] {
+          KNOCK_SIMD
+          for (int64_t i = 0; i < n; ++i) y[i] = at(g[i], u[i]);
+        });
       } else {
         for (int64_t i = 0; i < n; ++i) y[i * step[0]] = at(g[i * step[1]], u[i * step[2]]);
       }
@@ -46,12 +49,14 @@ KNOCK_FUNC void swiglu_backward(const Array& gate, const Array& up, const Array&
       const T* const d = dy.as<T>() + offset[4];
       const auto at = [](C gated, C value, C upstream, T& to_gate, T& to_up) {
         const C s = math::sigmoid(gated), silu = gated * s;
-        to_gate = static_cast<T>(upstream * value * (s + silu * (1 - s)));
-        to_up = static_cast<T>(upstream * silu);
+        to_gate = upstream * value * (s + silu * (1 - s));
+        to_up = upstream * silu;
       };
       if (step == std::array<int64_t, 5>{1, 1, 1, 1, 1}) {
-        KNOCK_SIMD
-        for (int64_t i = 0; i < n; ++i) at(g[i], u[i], d[i], dg[i], du[i]);
+        vectorized([&] {
+          KNOCK_SIMD
+          for (int64_t i = 0; i < n; ++i) at(g[i], u[i], d[i], dg[i], du[i]);
+        });
       } else {
         for (int64_t i = 0; i < n; ++i)
           at(g[i * step[2]], u[i * step[3]], d[i * step[4]], dg[i * step[0]], du[i * step[1]]);

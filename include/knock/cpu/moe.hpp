@@ -105,8 +105,10 @@ inline std::vector<int64_t> by_load(const int64_t* offsets, int64_t experts) {
 template <class P, class T>
 Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t end, P* to) {
   const int64_t stride = row_units<P>(moe.c);
-  for (int64_t row = begin; row < end; ++row)
-    units_along_k<T, P>(source + moe.token_of(row) * moe.c, moe.c, to + (row - begin) * stride);
+  vectorized([&] {
+    for (int64_t row = begin; row < end; ++row)
+      units_along_k<T, P>(source + moe.token_of(row) * moe.c, moe.c, to + (row - begin) * stride);
+  });
   return {to, stride, 1};
 }
 
@@ -120,18 +122,21 @@ void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   for (int64_t row = 0; row < moe.offsets[moe.experts]; ++row) place.data()[moe.order[row]] = row;
   parallel_for(moe.tokens, 64, [&](int64_t begin, int64_t end) {
     C* const total = thread_scratch<C>(Slot::user0, moe.c);
-    for (int64_t n = begin; n < end; ++n) {
-      std::fill(total, total + moe.c, C(0));
-      for (int64_t j = 0; j < moe.k; ++j) {
-        const int64_t at = place.data()[n * moe.k + j];
-        if (at < 0) continue;
-        const T* const row = sorted + at * moe.c;
+    vectorized([&] {
+      for (int64_t n = begin; n < end; ++n) {
+        std::fill(total, total + moe.c, C(0));
+        for (int64_t j = 0; j < moe.k; ++j) {
+          const int64_t at = place.data()[n * moe.k + j];
+          if (at < 0) continue;
+          const T* const row = sorted + at * moe.c;
+          KNOCK_SIMD
+          for (int64_t i = 0; i < moe.c; ++i) total[i] += static_cast<C>(row[i]);
+        }
+        T* const to = out + n * moe.c;
         KNOCK_SIMD
-        for (int64_t i = 0; i < moe.c; ++i) total[i] += static_cast<C>(row[i]);
+        for (int64_t i = 0; i < moe.c; ++i) to[i] = total[i];
       }
-      KNOCK_SIMD
-      for (int64_t i = 0; i < moe.c; ++i) out[n * moe.c + i] = static_cast<T>(total[i]);
-    }
+    });
   });
 }
 
@@ -142,7 +147,7 @@ void activate_row(const T* hidden, int64_t f, compute_t<T> s, A* activation) {
   KNOCK_SIMD
   for (int64_t i = 0; i < f; ++i) {
     const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]);
-    activation[i] = static_cast<A>(s * (g * math::sigmoid(g)) * u);
+    activation[i] = s * (g * math::sigmoid(g)) * u;
   }
 }
 
@@ -156,9 +161,9 @@ compute_t<T> activate_row_backward(const T* hidden, compute_t<T>* d_activation, 
   for (int64_t i = 0; i < f; ++i) {
     const C g = static_cast<C>(hidden[i]), u = static_cast<C>(hidden[f + i]), da = d_activation[i];
     const C sig = math::sigmoid(g), silu = g * sig, a = silu * u;
-    d_gate[i] = static_cast<A>(s * da * u * (sig + silu * (1 - sig)));
-    d_up[i] = static_cast<A>(s * da * silu);
-    activation[i] = static_cast<A>(s * a);
+    d_gate[i] = s * da * u * (sig + silu * (1 - sig));
+    d_up[i] = s * da * silu;
+    activation[i] = s * a;
     d_activation[i] = da * a;
   }
   return row_sum<C>(f, [&](int64_t i) { return d_activation[i]; });
@@ -175,9 +180,10 @@ class PackedExperts {
     parallel_tasks(experts, [&](int64_t e) { pack<P>(matrix_of(e), k, n, packed_.data() + e * size_); });
   }
 
-  /// out (rows, n) = a (rows, k) times expert e's matrix, added to out when `add`.
-  void multiply(int64_t e, int64_t rows, Left<P> a, Result out, bool add = false) const {
-    multiply_packed<P>(rows, n_, k_, 1, a, {packed_.data() + e * size_, padded_cols<P>(n_)}, 0, add ? 1 : 0, out, out);
+  /// out (rows, n) = a (rows, k) times expert e's matrix, plus `addend` when it is there.
+  void multiply(int64_t e, int64_t rows, Left<P> a, Result out, Operand addend = {}) const {
+    multiply_packed<P>(rows, n_, k_, 1, a, {packed_.data() + e * size_, padded_cols<P>(n_)}, 0, addend.data ? 1 : 0,
+                       addend, out);
   }
 
  private:
@@ -195,19 +201,22 @@ void moe_forward(const Moe<T>& moe, const Array& out_hidden, const Array& out) {
   const Scratch<T> sorted(moe.tokens * moe.k * c);  // (slots, C) weighted outputs
   const auto blocks = row_blocks(moe.offsets, moe.experts);
   parallel_tasks(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-    const auto [e, begin, end] = blocks[static_cast<std::size_t>(b)];
-    const int64_t rows = end - begin, f_units = row_units<P>(f);
+    const RowBlock& block = blocks[static_cast<std::size_t>(b)];
+    const int64_t e = block.expert, begin = block.begin, end = block.end, rows = end - begin;
+    const int64_t f_units = row_units<P>(f);
     P* const x_rows = thread_scratch<P>(Slot::user0, block_rows * row_units<P>(c));
     P* const activation = thread_scratch<P>(Slot::user1, block_rows * f_units);
     const Left<P> x = gather_rows<P>(moe, moe.x, begin, end, x_rows);
     T* const hidden = out_hidden.as<T>() + begin * 2 * f;
     gate.multiply(e, rows, x, Matrix<T>{hidden, 2 * f, 1});
     up.multiply(e, rows, x, Matrix<T>{hidden + f, 2 * f, 1});
-    for (int64_t r = 0; r < rows; ++r) {
-      if (f % unit_size<P> != 0) activation[r * f_units + f / unit_size<P>] = P();
-      activate_row(hidden + r * 2 * f, f, static_cast<C>(moe.s[moe.order[begin + r]]),
-                   reinterpret_cast<operand_t<P>*>(activation + r * f_units));
-    }
+    vectorized([&] {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (f % unit_size<P> != 0) activation[r * f_units + f / unit_size<P>] = P();
+        activate_row(hidden + r * 2 * f, f, static_cast<C>(moe.s[moe.order[begin + r]]),
+                     reinterpret_cast<operand_t<P>*>(activation + r * f_units));
+      }
+    });
     down.multiply(e, rows, {activation, f_units, 1}, Matrix<T>{sorted.data() + begin * c, c, 1});
   });
   combine_rows(moe, sorted.data(), out.as<T>());
@@ -259,23 +268,25 @@ class MoeBackward {
  private:
   /// Gradients of a block's routing weights, hidden features and inputs.
   void backward(RowBlock block) const {
-    const auto [e, begin, end] = block;
+    const int64_t e = block.expert, begin = block.begin, end = block.end;
     const int64_t rows = end - begin, f = moe_.f, c = moe_.c;
     const Left<P> dy =
         gather_rows<P>(moe_, dy_, begin, end, thread_scratch<P>(Slot::user0, block_rows * row_units<P>(c)));
     C* const d_activation = thread_scratch<C>(Slot::user1, block_rows * f);
     down_.multiply(e, rows, dy, Matrix<C>{d_activation, f, 1});
-    for (int64_t row = begin; row < end; ++row) {
-      P *const dg = d_gate_.data() + row * stride_, *const du = d_up_.data() + row * stride_;
-      if (f % unit_size<P> != 0) dg[f / unit_size<P>] = du[f / unit_size<P>] = P();
-      const int64_t slot = moe_.order[row];
-      out_.weights.template as<T>()[slot] = static_cast<T>(activate_row_backward(
-          hidden_ + row * 2 * f, d_activation + (row - begin) * f, f, static_cast<C>(moe_.s[slot]),
-          reinterpret_cast<A*>(dg), reinterpret_cast<A*>(du), activation_.data() + row * f));
-    }
-    const Matrix<T> dx{dx_.data() + begin * c, c, 1};
+    vectorized([&] {
+      for (int64_t row = begin; row < end; ++row) {
+        P *const dg = d_gate_.data() + row * stride_, *const du = d_up_.data() + row * stride_;
+        if (f % unit_size<P> != 0) dg[f / unit_size<P>] = du[f / unit_size<P>] = P();
+        const int64_t slot = moe_.order[row];
+        out_.weights.template as<T>()[slot] = static_cast<T>(activate_row_backward(
+            hidden_ + row * 2 * f, d_activation + (row - begin) * f, f, static_cast<C>(moe_.s[slot]),
+            reinterpret_cast<A*>(dg), reinterpret_cast<A*>(du), activation_.data() + row * f));
+      }
+    });
+    const Matrix<C> dx{thread_scratch<C>(Slot::user1, block_rows * c), c, 1};  // dA' is used up
     gate_.multiply(e, rows, {d_gate_.data() + begin * stride_, stride_, 1}, dx);
-    up_.multiply(e, rows, {d_up_.data() + begin * stride_, stride_, 1}, dx, true);
+    up_.multiply(e, rows, {d_up_.data() + begin * stride_, stride_, 1}, Matrix<T>{dx_.data() + begin * c, c, 1}, dx);
   }
 
   /// (f, c) = d_gate^T x, and the same for up, with x packed once for both.
@@ -339,12 +350,14 @@ class MoeBackward {
 
   /// Units across sorted rows [begin, end) of `source` (N, C), columns [col, col + n), zeros up to `width`.
   void gather_across(const T* source, int64_t begin, int64_t end, int64_t col, int64_t n, int64_t width, P* to) const {
-    for (int64_t row = begin; row < end; row += unit_size<P>, to += width) {
-      const T* const first = source + moe_.token_of(row) * moe_.c + col;
-      const T* const second = row + 1 < end ? source + moe_.token_of(row + 1) * moe_.c + col : nullptr;
-      units_across_k<T, P>(first, second, n, to);
-      std::fill(to + n, to + width, P());
-    }
+    vectorized([&] {
+      for (int64_t row = begin; row < end; row += unit_size<P>, to += width) {
+        const T* const first = source + moe_.token_of(row) * moe_.c + col;
+        const T* const second = row + 1 < end ? source + moe_.token_of(row + 1) * moe_.c + col : nullptr;
+        units_across_k<T, P>(first, second, n, to);
+        std::fill(to + n, to + width, P());
+      }
+    });
   }
 
   const Moe<T>& moe_;

@@ -146,7 +146,7 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
 
 KNOCK_FUNC bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array& out) {
   const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0]);
-  if (groups.empty()) return false;
+  if (groups.empty() || in.gate.dtype != in.x.dtype) return false;
   dispatch_float(in.x.dtype, "moe_experts",
                  [&]<class T>(Type<T>) { detail::moe_thin<T>(in, groups, out_hidden.as<T>(), out.as<T>()); });
   return true;

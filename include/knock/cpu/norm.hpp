@@ -98,7 +98,7 @@ void norm(const Array& x, const Array& weight, const Array& bias, bool centre, d
   const C* const w = data_or_null<C>(weight);
   const C* const b = data_or_null<C>(bias);
   C* const kept = out_stats.as<C>();
-  parallel_for(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+  parallel_rows(in.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
     C* const x_buffer = row_scratch<C>(in.buffer_size() + to.buffer_size());
     C* const y_buffer = x_buffer + in.buffer_size();
     for (int64_t row = begin; row < end; ++row) {
@@ -131,7 +131,7 @@ void norm_backward(const Array& x, const Array& weight, const Array& stats, cons
   const bool sums = dweight || dbias;
   const Storage memory(sums ? 2 * parts * n * static_cast<int64_t>(sizeof(C)) : 0, {});
   C* const partial = static_cast<C*>(memory.data);  // (parts, 2, n): dweight, dbias
-  parallel_for(rows, rows_per_part, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, rows_per_part, [&](int64_t begin, int64_t end) {
     C* const x_buffer = row_scratch<C>(in.buffer_size() + upstream.buffer_size() + to.buffer_size());
     C* const dy_buffer = x_buffer + in.buffer_size();
     C* const dx_buffer = dy_buffer + upstream.buffer_size();

@@ -33,13 +33,13 @@ KNOCK_FUNC void adamw(const AdamWStep& step, const Array& grad, const Array& par
     T* const p = param.as<T>();
     C* const m = exp_avg.as<C>();
     C* const v = exp_avg_sq.as<C>();
-    parallel_for(param.numel(), 16384, [&](int64_t begin, int64_t end) {
+    parallel_rows(param.numel(), 16384, [&](int64_t begin, int64_t end) {
       KNOCK_SIMD
       for (int64_t i = begin; i < end; ++i) {
         const C slope = static_cast<C>(g[i]) * grad_scale;
         m[i] += (slope - m[i]) * mix1;
         v[i] = v[i] * beta2 + slope * slope * mix2;
-        p[i] = static_cast<T>(static_cast<C>(p[i]) * keep - size * (m[i] / (std::sqrt(v[i]) * root2 + eps)));
+        p[i] = static_cast<C>(p[i]) * keep - size * (m[i] / (std::sqrt(v[i]) * root2 + eps));
       }
     });
   });
@@ -56,11 +56,11 @@ KNOCK_FUNC void sgd(const SgdStep& step, const Array& grad, const Array& param, 
     const T* const g = grad.as<T>();
     T* const p = param.as<T>();
     C* const buffer = momentum.defined() ? momentum.as<C>() : nullptr;
-    parallel_for(param.numel(), 16384, [&](int64_t begin, int64_t end) {
+    parallel_rows(param.numel(), 16384, [&](int64_t begin, int64_t end) {
       const auto slope_at = [&](int64_t i) { return static_cast<C>(g[i]) * grad_scale + decay * static_cast<C>(p[i]); };
       if (!buffer) {
         KNOCK_SIMD
-        for (int64_t i = begin; i < end; ++i) p[i] = static_cast<T>(static_cast<C>(p[i]) - lr * slope_at(i));
+        for (int64_t i = begin; i < end; ++i) p[i] = static_cast<C>(p[i]) - lr * slope_at(i);
         return;
       }
       KNOCK_SIMD
@@ -68,7 +68,7 @@ KNOCK_FUNC void sgd(const SgdStep& step, const Array& grad, const Array& param, 
         const C slope = slope_at(i);
         buffer[i] = mu * buffer[i] + mix * slope;
         const C move = step.nesterov ? slope + ahead * buffer[i] : buffer[i];
-        p[i] = static_cast<T>(static_cast<C>(p[i]) - lr * move);
+        p[i] = static_cast<C>(p[i]) - lr * move;
       }
     });
   });
@@ -81,7 +81,7 @@ KNOCK_FUNC void sum_squares(const Array& x, const Array& out) {
     const Storage memory(chunks * static_cast<int64_t>(sizeof(double)), {});
     double* const partial = static_cast<double*>(memory.data);
     const T* const from = x.as<T>();
-    parallel_for(n, chunk, [&](int64_t begin, int64_t end) {
+    parallel_rows(n, chunk, [&](int64_t begin, int64_t end) {
       partial[begin / chunk] = row_sum<double>(end - begin, [=](int64_t i) {
         const auto value = static_cast<double>(static_cast<compute_t<T>>(from[begin + i]));
         return value * value;

@@ -6,6 +6,7 @@
 
 #include <knock/core/backend.hpp>
 #include <knock/core/parallel.hpp>
+#include <knock/cpu/isa.hpp>
 
 #include <algorithm>
 #include <array>
@@ -20,6 +21,12 @@ C* row_scratch(int64_t count) {
   thread_local std::vector<C> memory;
   if (static_cast<int64_t>(memory.size()) < count) memory.resize(static_cast<std::size_t>(count));
   return memory.data();
+}
+
+/// parallel_for with a body that is compiled for every instruction set.
+template <class Body>
+void parallel_rows(int64_t n, int64_t grain, const Body& body) {
+  parallel_for(n, grain, [&](int64_t begin, int64_t end) { vectorized([&] { body(begin, end); }); });
 }
 
 /// Rows that are worth a task of their own.
@@ -68,7 +75,12 @@ class Rows {
     if constexpr (std::is_same_v<T, C>) {
       if (step_ == 1) return from;
     }
-    for (int64_t i = 0; i < length_; ++i) buffer[i] = static_cast<C>(from[i * step_]);
+    if (step_ == 1) {
+      KNOCK_SIMD
+      for (int64_t i = 0; i < length_; ++i) buffer[i] = static_cast<C>(from[i]);
+    } else {
+      for (int64_t i = 0; i < length_; ++i) buffer[i] = static_cast<C>(from[i * step_]);
+    }
     return buffer;
   }
   /// The row as it is stored when that is how it is used, otherwise `loaded`.
@@ -88,7 +100,12 @@ class Rows {
   void store(int64_t row, const C* written) const {
     if (direct()) return;
     T* to = stored(row);
-    for (int64_t i = 0; i < length_; ++i) to[i * step_] = static_cast<T>(written[i]);
+    if (step_ == 1) {
+      KNOCK_SIMD
+      for (int64_t i = 0; i < length_; ++i) to[i] = written[i];
+    } else {
+      for (int64_t i = 0; i < length_; ++i) to[i * step_] = written[i];
+    }
   }
 
   /// Rows first to first + count, copied to `buffer` at distances of group_pitch. Strided rows are read side by side,
@@ -146,7 +163,7 @@ void map_rows(const std::array<Rows<T>, K>& in, const Rows<T>& out, Body&& body)
   for (const Rows<T>& rows : in) direct = direct && rows.direct();
   const int64_t group = direct ? 1 : std::clamp<int64_t>(65536 / std::max<int64_t>(n, 1), 1, Rows<T>::max_group);
   const int64_t pitch = direct ? 0 : out.group_pitch(), width = group * pitch;  // of the buffer of one array
-  parallel_for(out.count(), std::max(rows_per_task(n), group), [&](int64_t begin, int64_t end) {
+  parallel_rows(out.count(), std::max(rows_per_task(n), group), [&](int64_t begin, int64_t end) {
     C* const buffer = row_scratch<C>(static_cast<int64_t>(K + 1) * width);
     C* const out_buffer = buffer + static_cast<int64_t>(K) * width;
     for (int64_t first = begin; first < end; first += group) {

@@ -36,9 +36,7 @@ KNOCK_FUNC Linear::Linear(int64_t in_features, int64_t out_features, LinearOptio
   if (options.bias) bias = register_parameter("bias", init::linear({out_features}, in_features, options.dtype));
 }
 
-KNOCK_FUNC Tensor Linear::forward(const Tensor& x) {
-  return linear(x, weight.to(x.dtype()), bias.defined() ? bias.to(x.dtype()) : bias);
-}
+KNOCK_FUNC Tensor Linear::forward(const Tensor& x) { return linear(x, beside(x, weight), beside(x, bias)); }
 
 }  // namespace knock::nn
 #endif

@@ -82,6 +82,10 @@ class Layer : public Module {
   Tensor operator()(const Tensor& x) { return forward(x); }
 };
 
+/// A parameter as ops take it beside x: in x's dtype, or f32 beside bf16, which they round as they read. Undefined
+/// stays undefined.
+Tensor beside(const Tensor& x, const Tensor& parameter);
+
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MODULE)
@@ -222,6 +226,11 @@ KNOCK_FUNC void Module::register_module(std::string name, Module& child) {
 KNOCK_FUNC void Module::unregister(std::string_view name) {
   std::erase_if(parameters_, [&](const auto& entry) { return entry.first == name; });
   std::erase_if(children_, [&](const auto& entry) { return entry.first == name; });
+}
+
+KNOCK_FUNC Tensor beside(const Tensor& x, const Tensor& parameter) {
+  const bool fits = x.dtype() == DType::bf16 && parameter.defined() && parameter.dtype() == DType::f32;
+  return fits || !parameter.defined() ? parameter : parameter.to(x.dtype());
 }
 
 }  // namespace knock::nn

@@ -32,7 +32,8 @@ Tensor dot(const Tensor& a, const Tensor& b);
 Tensor outer(const Tensor& a, const Tensor& b);
 /// beta * input + alpha * a b; input broadcasts to (M, N) and is not read when beta is 0.
 Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta = 1, double alpha = 1);
-/// x w^T + bias: x (..., in), weight (out, in), bias (out) or undefined -> (..., out).
+/// x w^T + bias: x (..., in), weight (out, in), bias (out) or undefined -> (..., out). All have one dtype; beside a
+/// bf16 x weight and bias may be f32, which are rounded as they are read: their gradients stay f32.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 
 /// Sum of products named by letters, as in PyTorch and NumPy: repeated letters in one operand take the diagonal,
@@ -60,6 +61,16 @@ KNOCK_FUNC void check_operands(const char* op, const Tensor& a, const Tensor& b)
   check_same_device(op, {a, b});
 }
 
+/// Whether a weight may be multiplied with x: it has its dtype, or is f32 beside bf16.
+KNOCK_FUNC bool can_multiply(const Tensor& x, const Tensor& weight) {
+  return weight.dtype() == x.dtype() || (x.dtype() == DType::bf16 && weight.dtype() == DType::f32);
+}
+
+KNOCK_FUNC void check_weight(const char* op, const Tensor& x, const Tensor& weight) {
+  if (is_float(x.dtype()) && can_multiply(x, weight)) return check_same_device(op, {x, weight});
+  check_operands(op, x, weight);
+}
+
 KNOCK_FUNC Shape leading(const Shape& shape, int64_t dropped) { return Shape(shape.begin(), shape.end() - dropped); }
 
 /// x (..., N) seen as (rows, N).
@@ -78,9 +89,9 @@ KNOCK_FUNC Array transposed(const Array& x) {
   return {x.data, x.dtype, {x.shape[1], x.shape[0]}, {x.strides[1], x.strides[0]}};
 }
 
-/// alpha a b + beta c for arrays of rank >= 2, not recorded. c broadcasts to the result.
-KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, double alpha = 1, double beta = 0,
-                          const Tensor& c = {}) {
+/// alpha a b + beta c for arrays of rank >= 2, in `dtype`, not recorded. c broadcasts to the result.
+KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, DType dtype, double alpha = 1,
+                          double beta = 0, const Tensor& c = {}) {
   const int64_t m = a.size(-2), k = a.size(-1), n = b.size(-1);
   Shape batch = broadcast(leading(a.shape(), 2), leading(b.shape(), 2), op);
   const auto with = [&](int64_t rows, int64_t cols) {
@@ -90,7 +101,7 @@ KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, doub
     return shape;
   };
   const Shape shape = with(m, n);
-  Tensor out = empty(shape, {a.dtype(), a.device()});
+  Tensor out = empty(shape, {dtype, a.device()});
   kernel(&Backend::gemm, op, a)(alpha, a.array().expand(with(m, k)), b.array().expand(with(k, n)), beta,
                                 beta != 0 ? c.array().expand(shape) : Array{}, out.array());
   return out;
@@ -98,7 +109,7 @@ KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, doub
 
 /// a (..., M, K) x b (..., K, N), both of rank >= 2.
 KNOCK_FUNC Tensor matrix_product(const char* op, const Tensor& a, const Tensor& b) {
-  Tensor y = product(op, a, b);  // (..., M, N)
+  Tensor y = product(op, a, b, a.dtype());  // (..., M, N)
   return autograd::record(op, y, {a, b},
                           [sa = autograd::Saved(a), sb = autograd::Saved(b)](const autograd::Upstream& up) -> Tensors {
                             const Tensor dy = up.dy(), x = sa.get(up), w = sb.get(up);
@@ -112,6 +123,13 @@ KNOCK_FUNC Tensor matrix_product(const char* op, const Tensor& a, const Tensor& 
                             }
                             return gradients;
                           });
+}
+
+/// a b in `dtype`, for gradients of `linear`, whose operands may be bf16 and f32.
+KNOCK_FUNC Tensor mixed_product(const Tensor& a, const Tensor& b, DType dtype) {
+  if (a.dtype() == b.dtype() && a.dtype() == dtype) return matmul(a, b);
+  if (autograd::is_recording()) return matmul(a.to(DType::bf16), b.to(DType::bf16)).to(dtype);
+  return product("linear", a, b, dtype);
 }
 
 }  // namespace detail
@@ -161,7 +179,7 @@ KNOCK_FUNC Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, d
   check(a.size(1) == b.size(0), "addmm", "inner dimensions differ: lhs ", a, ", rhs ", b);
   const Shape shape{a.size(0), b.size(1)};
   check(broadcast(input.shape(), shape, "addmm") == shape, "addmm", "input ", input, " does not broadcast to ", shape);
-  Tensor y = detail::product("addmm", a, b, alpha, beta, input);  // (M, N)
+  Tensor y = detail::product("addmm", a, b, a.dtype(), alpha, beta, input);  // (M, N)
   return autograd::record("addmm", y, {input, a, b},
                           [sa = autograd::Saved(a), sb = autograd::Saved(b), bias = input.shape(), alpha,
                            beta](const autograd::Upstream& up) -> Tensors {
@@ -175,13 +193,13 @@ KNOCK_FUNC Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, d
 }
 
 KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  detail::check_operands("linear", x, weight);
+  detail::check_weight("linear", x, weight);
   check(x.rank() >= 1 && weight.rank() == 2, "linear", "needs x (..., in) and weight (out, in): x ", x, ", weight ",
         weight);
   check(x.shape().back() == weight.size(1), "linear", "inner dimensions differ: x ", x, ", weight ", weight,
         " which is (out, in)");
   if (bias.defined()) {
-    detail::check_operands("linear", x, bias);
+    detail::check_weight("linear", x, bias);
     check(bias.shape() == Shape{weight.size(0)}, "linear", "bias ", bias, " does not match the rows of weight ",
           weight);
   }
@@ -193,16 +211,19 @@ KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bi
   kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(dense), detail::transposed(weight.array()),
                                       bias.defined() ? 1 : 0, bias.defined() ? bias.array().expand(out.shape) : Array{},
                                       out);
-  return autograd::record(
-      "linear", y, {x, weight, bias},
-      [sx = autograd::Saved(x), sw = autograd::Saved(weight)](const autograd::Upstream& up) -> Tensors {
-        const Tensor dy = up.dy();  // (..., out)
-        Tensors gradients(3);
-        if (up.needs(0)) gradients[0] = matmul(dy, sw.get(up));
-        if (up.needs(1)) gradients[1] = matmul(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)));
-        if (up.needs(2)) gradients[2] = detail::sum_to(dy, {dy.shape().back()});
-        return gradients;
-      });
+  return autograd::record("linear", y, {x, weight, bias},
+                          [sx = autograd::Saved(x), sw = autograd::Saved(weight),
+                           sb = autograd::Saved(bias)](const autograd::Upstream& up) -> Tensors {
+                            const Tensor dy = up.dy(), w = sw.get(up);  // (..., out), (out, in)
+                            Tensors gradients(3);
+                            if (up.needs(0)) gradients[0] = detail::mixed_product(dy, w, dy.dtype());
+                            if (up.needs(1))
+                              gradients[1] = detail::mixed_product(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)),
+                                                                   w.dtype());
+                            if (up.needs(2))
+                              gradients[2] = detail::sum_to(dy, {dy.shape().back()}).to(sb.get(up).dtype());
+                            return gradients;
+                          });
 }
 
 // einsum

@@ -17,7 +17,8 @@
 namespace knock {
 
 /// x (N, C), indices (N, k) i64 in [0, E) or -1 (dropped), weights (N, k), gate and up (E, F, C), down (E, C, F) ->
-/// (N, C). Floating tensors have one dtype. Errors: shapes or dtypes that disagree, an index outside [-1, E).
+/// (N, C). Floating tensors have one dtype, but for f32 matrices beside a bf16 x, which are rounded as they are read.
+/// Errors: shapes or dtypes that disagree, an index outside [-1, E).
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 
@@ -69,8 +70,10 @@ KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& 
   check(up.shape() == gate.shape(), op, "up ", up, " must have the shape of gate ", gate);
   check(down.shape() == Shape{gate.size(0), gate.size(2), gate.size(1)}, op, "down must be (E, C, F), got ", down,
         " with gate ", gate);
-  for (const Tensor& other : {weights, gate, up, down})
-    check(other.dtype() == x.dtype(), op, "dtypes differ: x ", x, ", other ", other);
+  check(weights.dtype() == x.dtype(), op, "dtypes differ: x ", x, ", weights ", weights);
+  const bool mixed = x.dtype() == DType::bf16 && gate.dtype() == DType::f32;
+  for (const Tensor& matrix : {gate, up, down})
+    check(matrix.dtype() == (mixed ? DType::f32 : x.dtype()), op, "dtypes differ: x ", x, ", other ", matrix);
 }
 
 }  // namespace detail

@@ -74,7 +74,7 @@ KNOCK_FUNC KnockLayer::KnockLayer(Knock kind, int64_t head_dim) : kind_(kind) {
 }
 
 KNOCK_FUNC Tensor KnockLayer::forward(const Tensor& x) {
-  if (kind_ == Knock::linear) return linear(x, weight_.to(x.dtype()), {});
+  if (kind_ == Knock::linear) return linear(x, beside(x, weight_));
   const Tensor gate = sigmoid(gate_->forward(x));
   if (kind_ == Knock::gate) return 2 * (x * gate);
   return down_->forward(2 * (up_->forward(x) * gate));
