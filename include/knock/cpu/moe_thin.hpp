@@ -43,9 +43,9 @@ inline std::vector<ThinGroup> thin_groups(const int64_t* offsets, int64_t expert
   return groups;
 }
 
-/// Columns of a block: whole sixteens, about 128 KiB of weights of `bytes` a column, so that there are some tasks a
+/// Columns of a block: whole sixteens, about 256 KiB of weights of `bytes` a column, so that there are some tasks a
 /// thread.
-inline int64_t thin_block_cols(int64_t bytes) { return (std::max<int64_t>(131072 / bytes, 1) + 15) / 16 * 16; }
+inline int64_t thin_block_cols(int64_t bytes) { return (std::max<int64_t>(262144 / bytes, 1) + 15) / 16 * 16; }
 
 /// Rows of a thin product's left operand in the type that its kernels want.
 template <class T>
