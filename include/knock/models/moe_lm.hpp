@@ -300,7 +300,7 @@ KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
                                 .documents = inputs.documents});
   if (inputs.last_only && tokens.size(1) > 1) h = h.narrow(1, tokens.size(1) - 1, 1);
   h = norm_(h);
-  return lm_head_ ? lm_head_->forward(h) : linear(h, embed_tokens_.weight.to(h.dtype()));
+  return lm_head_ ? lm_head_->forward(h) : linear(h, nn::beside(h, embed_tokens_.weight));
 }
 
 KNOCK_FUNC void MoeLm::absorb_knocks() {

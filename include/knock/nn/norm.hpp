@@ -40,7 +40,7 @@ namespace knock::nn {
 
 KNOCK_FUNC RMSNorm::RMSNorm(int64_t dim, double eps) : eps_(eps) { weight = register_parameter("weight", ones({dim})); }
 
-KNOCK_FUNC Tensor RMSNorm::forward(const Tensor& x) { return rms_norm(x, weight.to(x.dtype()), eps_); }
+KNOCK_FUNC Tensor RMSNorm::forward(const Tensor& x) { return rms_norm(x, beside(x, weight), eps_); }
 
 KNOCK_FUNC LayerNorm::LayerNorm(int64_t dim, double eps, bool with_bias) : eps_(eps) {
   weight = register_parameter("weight", ones({dim}));
@@ -48,7 +48,7 @@ KNOCK_FUNC LayerNorm::LayerNorm(int64_t dim, double eps, bool with_bias) : eps_(
 }
 
 KNOCK_FUNC Tensor LayerNorm::forward(const Tensor& x) {
-  return layer_norm(x, weight.to(x.dtype()), bias.defined() ? bias.to(x.dtype()) : bias, eps_);
+  return layer_norm(x, beside(x, weight), beside(x, bias), eps_);
 }
 
 }  // namespace knock::nn

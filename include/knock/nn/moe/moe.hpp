@@ -89,9 +89,8 @@ KNOCK_FUNC Tensor MoE::forward(const Tensor& x) {
   routing_ = gate.forward(tokens);
   kept_ = within_capacity(routing_.indices);
   if (is_training() && !autograd::is_recomputing() && kept_.numel() > 0) count();
-  const DType dtype = x.dtype();
-  Tensor out = moe_experts(tokens, kept_, routing_.weights.to(dtype), gate_proj.to(dtype), up_proj.to(dtype),
-                           down_proj.to(dtype));
+  Tensor out = moe_experts(tokens, kept_, routing_.weights.to(x.dtype()), beside(x, gate_proj), beside(x, up_proj),
+                           beside(x, down_proj));
   if (shared_experts) out = out + shared_experts->forward(tokens);
   return out.reshape(x.shape());
 }
