@@ -56,17 +56,14 @@ void run(const bench::Options& options) {
   model->eval();
   model->absorb_knocks();
   const std::string precision = options.text("precision", "f32");
-  if (precision == "bf16") {
-    model->to(DType::bf16);
-    model->set_compute_dtype(DType::bf16);
-  }
+  if (precision == "bf16") model->store_weights(DType::bf16);
   const Tensor prompt = randint(0, model->config().vocab_size, {1, prompt_length});
   std::vector<double> prefill, decode;
   for (int round = 0; round < 6; ++round) {
     auto caches = model->make_caches();
     using Clock = std::chrono::steady_clock;
     const auto start = Clock::now();
-    int64_t token = likeliest(model->forward(prompt, {.caches = &caches}));
+    int64_t token = likeliest(model->forward(prompt, {.caches = &caches, .last_only = true}));
     const auto middle = Clock::now();
     for (int64_t i = 0; i < decoded; ++i)
       token = likeliest(model->forward(from_data(std::vector<int64_t>{token}, {1, 1}), {.caches = &caches}));
