@@ -238,23 +238,28 @@ void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> 
   });
 }
 
+/// Whether n elements hold neither NaN nor an infinity.
+template <class C, class T>
+bool all_finite(const T* x, int64_t n, int64_t step) {
+  C lanes[16] = {}, sum = 0;  // of zeros, or NaN
+  int64_t j = 0;
+  for (; step == 1 && j + 16 <= n; j += 16) {
+    KNOCK_SIMD
+    for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(x[j + lane]) * C(0);
+  }
+  for (; j < n; ++j) sum += static_cast<C>(x[j * step]) * C(0);
+  for (const C lane : lanes) sum += lane;
+  return sum == 0;
+}
+
 /// marks[i] = whether row i of x (rows, n) holds NaN or an infinity.
 template <class T>
 void mark_not_finite(Matrix<const T> x, int64_t rows, int64_t n, uint8_t* marks) {
   using C = compute_t<T>;
   vectorized([&] {
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* const row = x.data + i * x.row_stride;
-      C lanes[16] = {}, sum = 0;  // of zeros, or NaN
-      int64_t j = 0;
-      for (; x.col_stride == 1 && j + 16 <= n; j += 16) {
-        KNOCK_SIMD
-        for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(row[j + lane]) * C(0);
-      }
-      for (; j < n; ++j) sum += static_cast<C>(row[j * x.col_stride]) * C(0);
-      for (const C lane : lanes) sum += lane;
-      marks[i] = !(sum == 0);
-    }
+    std::fill(marks, marks + rows, uint8_t{0});
+    if (x.col_stride == 1 && x.row_stride == n && all_finite<C>(x.data, rows * n, 1)) return;
+    for (int64_t i = 0; i < rows; ++i) marks[i] = !all_finite<C>(x.data + i * x.row_stride, n, x.col_stride);
   });
 }
 
@@ -289,51 +294,61 @@ struct ScoreRows {
   void (*hide_others)(int64_t n, const int32_t* number, int32_t own, C* s);
 };
 
-#define KNOCK_SCORE_ROWS(name, target)                                                    \
-  template <class C>                                                                      \
-  target C forward_row_##name(int64_t n, C* s, C& largest, C& sum) {                      \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                            \
-    C top = largest, tops[16];                                                            \
-    int64_t j = 0;                                                                        \
-    std::fill(tops, tops + 16, largest);                                                  \
-    for (; j + 16 <= n; j += 16) {                                                        \
-      KNOCK_SIMD                                                                          \
-      for (int64_t i = 0; i < 16; ++i) tops[i] = s[j + i] > tops[i] ? s[j + i] : tops[i]; \
-    }                                                                                     \
-    for (int64_t i = 0; i < 16; ++i) top = tops[i] > top ? tops[i] : top;                 \
-    for (; j < n; ++j) top = s[j] > top ? s[j] : top;                                     \
-    const C shift = top == -infinity ? C(0) : top;                                        \
-    KNOCK_SIMD                                                                            \
-    for (int64_t i = 0; i < n; ++i) s[i] = math::exp_down(s[i] - shift);                  \
-    C partial[16] = {};                                                                   \
-    for (j = 0; j + 16 <= n; j += 16) {                                                   \
-      KNOCK_SIMD                                                                          \
-      for (int64_t i = 0; i < 16; ++i) partial[i] += s[j + i];                            \
-    }                                                                                     \
-    C added = 0;                                                                          \
-    for (; j < n; ++j) added += s[j];                                                     \
-    for (int64_t i = 0; i < 16; ++i) added += partial[i];                                 \
-    const C shrink = largest == top ? C(1) : math::exp_down(largest - shift);             \
-    sum = sum * shrink + added;                                                           \
-    largest = top;                                                                        \
-    return shrink;                                                                        \
-  }                                                                                       \
-  template <class C, bool masked>                                                         \
-  target void backward_row_##name(int64_t n, C* s, C* dp, C lse, C delta) {               \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                            \
-    KNOCK_SIMD                                                                            \
-    for (int64_t j = 0; j < n; ++j) {                                                     \
-      const bool hidden = masked && s[j] == -infinity;                                    \
-      const C p = math::exp_down(s[j] - lse), ds = p * (dp[j] - delta);                   \
-      s[j] = hidden ? C(0) : p;                                                           \
-      dp[j] = hidden ? C(0) : ds;                                                         \
-    }                                                                                     \
-  }                                                                                       \
-  template <class C>                                                                      \
-  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) {   \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                            \
-    KNOCK_SIMD                                                                            \
-    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;           \
+#define KNOCK_SCORE_ROWS(name, target)                                                                  \
+  template <class C>                                                                                    \
+  target C forward_row_##name(int64_t n, C* s, C& largest, C& sum) {                                    \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
+    constexpr int64_t lanes = 16;                                                                       \
+    C tops[lanes], partial[lanes] = {};                                                                 \
+    int64_t j = 0;                                                                                      \
+    std::fill(tops, tops + lanes, largest);                                                             \
+    for (; j + lanes <= n; j += lanes) {                                                                \
+      KNOCK_SIMD                                                                                        \
+      for (int64_t i = 0; i < lanes; ++i) tops[i] = s[j + i] > tops[i] ? s[j + i] : tops[i];            \
+    }                                                                                                   \
+    for (; j < n; ++j) tops[0] = s[j] > tops[0] ? s[j] : tops[0];                                       \
+    for (int64_t half = lanes / 2; half > 0; half /= 2) {                                               \
+      KNOCK_SIMD                                                                                        \
+      for (int64_t i = 0; i < half; ++i) tops[i] = tops[i + half] > tops[i] ? tops[i + half] : tops[i]; \
+    }                                                                                                   \
+    const C top = tops[0], shift = top == -infinity ? C(0) : top;                                       \
+    for (j = 0; j + lanes <= n; j += lanes) {                                                           \
+      KNOCK_SIMD                                                                                        \
+      for (int64_t i = 0; i < lanes; ++i) {                                                             \
+        const C p = math::exp_down(s[j + i] - shift);                                                   \
+        s[j + i] = p;                                                                                   \
+        partial[i] += p;                                                                                \
+      }                                                                                                 \
+    }                                                                                                   \
+    for (int64_t i = 0; j < n; ++j, ++i) {                                                              \
+      s[j] = math::exp_down(s[j] - shift);                                                              \
+      partial[i] += s[j];                                                                               \
+    }                                                                                                   \
+    for (int64_t half = lanes / 2; half > 0; half /= 2) {                                               \
+      KNOCK_SIMD                                                                                        \
+      for (int64_t i = 0; i < half; ++i) partial[i] += partial[i + half];                               \
+    }                                                                                                   \
+    const C shrink = largest == top ? C(1) : math::exp_down(largest - shift);                           \
+    sum = sum * shrink + partial[0];                                                                    \
+    largest = top;                                                                                      \
+    return shrink;                                                                                      \
+  }                                                                                                     \
+  template <class C, bool masked>                                                                       \
+  target void backward_row_##name(int64_t n, C* s, C* dp, C lse, C delta) {                             \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
+    KNOCK_SIMD                                                                                          \
+    for (int64_t j = 0; j < n; ++j) {                                                                   \
+      const bool hidden = masked && s[j] == -infinity;                                                  \
+      const C p = math::exp_down(s[j] - lse), ds = p * (dp[j] - delta);                                 \
+      s[j] = hidden ? C(0) : p;                                                                         \
+      dp[j] = hidden ? C(0) : ds;                                                                       \
+    }                                                                                                   \
+  }                                                                                                     \
+  template <class C>                                                                                    \
+  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) {                 \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
+    KNOCK_SIMD                                                                                          \
+    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;                         \
   }
 
 #ifdef __clang__  // says so when it leaves one of the loops scalar: those in f64
@@ -412,6 +427,13 @@ struct Attention {
       product(rows_count, n, block, alpha, a + p, a_row, 1, b.panel(p, block, col), block, kernels.cols, p > 0, out,
               out_stride);
     }
+  }
+
+  /// Scores that a row loop takes: those of `own`, rounded up to whole vectors where the row of `size` scores, which
+  /// begins at key `start`, has room. What is beyond is overwritten.
+  static int64_t padded_row(Range own, int64_t start, int64_t size) {
+    const int64_t padded = (own.size() + 15) / 16 * 16;
+    return own.begin - start + padded <= size ? padded : own.size();
   }
 
   /// Whether keys in a query's range may be hidden.
@@ -513,7 +535,9 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
         C* const line = s + r * key_tile;
         if (!own.empty()) {
           if (masked) a.apply_masks(visible, b, h, tile.begin + i, own, line + own.begin - start);
-          const C shrink = a.rows.forward(own.size(), line + own.begin - start, m[i], l[i]);
+          const int64_t padded = a.padded_row(own, start, key_tile);
+          std::fill(line + own.end - start, line + own.begin - start + padded, -std::numeric_limits<C>::infinity());
+          const C shrink = a.rows.forward(padded, line + own.begin - start, m[i], l[i]);
           if (shrink != 1)
             for (int64_t d = 0; d < a.value_cols; ++d) sum[i * a.value_cols + d] *= shrink;
         }
@@ -533,13 +557,17 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
       });
     }
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const bool blind = l[i] == 0;
-    const C factor = blind ? C(0) : 1 / l[i];
-    for (int64_t d = 0; d < a.value_depth; ++d)
-      out(i, d) = static_cast<T>(blind ? C(0) : sum[i * a.value_cols + d] * factor);
-    log_sum_exp[i] = blind ? std::numeric_limits<C>::infinity() : m[i] + std::log(l[i]);
-  }
+  vectorized([&] {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool blind = l[i] == 0;
+      const C factor = blind ? C(0) : 1 / l[i];
+      C* const row = sum + i * a.value_cols;
+      KNOCK_SIMD
+      for (int64_t d = 0; d < a.value_depth; ++d) row[d] = blind ? C(0) : row[d] * factor;
+      log_sum_exp[i] = blind ? std::numeric_limits<C>::infinity() : m[i] + std::log(l[i]);
+    }
+  });
+  copy_out(sum, a.value_cols, count, a.value_depth, out);
 }
 
 /// Gradients of one query head; those of k and v are added to dk (Tk, depth_cols) and dv (Tk, value_cols).
@@ -623,8 +651,9 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
           C *const p_row = p_sums + r * key_tile, *const ds_row = ds_sums + r * key_tile;
           if (!own.empty()) {
             if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
-            (masked ? a.rows.backward_masked : a.rows.backward)(own.size(), p_row + own.begin - start,
-                                                                ds_row + own.begin - start, log_sum_exp[i], delta[i]);
+            (masked ? a.rows.backward_masked : a.rows.backward)(a.padded_row(own, start, key_tile),
+                                                                p_row + own.begin - start, ds_row + own.begin - start,
+                                                                log_sum_exp[i], delta[i]);
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});

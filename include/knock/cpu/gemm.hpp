@@ -123,18 +123,17 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   }
   const int64_t cols = padded_cols<P>(n), k_blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
   const Scratch<P> panels(packed_size<P>(k, n));
-  P* const packed = panels.data();
-  constexpr int64_t pack_cols = 128;
+  constexpr int64_t pack_cols = 512;
   const int64_t pack_tasks = (n + pack_cols - 1) / pack_cols;
   parallel_tasks(k_blocks * pack_tasks, [&](int64_t t) {
     const int64_t p = t / pack_tasks * k_block_of<P>, j = t % pack_tasks * pack_cols;
-    pack_block<P>(b, p, std::min(k_block_of<P>, k - p), j, std::min(pack_cols, n - j), packed, cols);
+    pack_block<P>(b, p, std::min(k_block_of<P>, k - p), j, std::min(pack_cols, n - j), panels.data(), cols);
   });
+  const Packed<P> packed{panels.data(), cols};
   parallel_tasks(tiles.count(), [&](int64_t t) {
     const int64_t i = strip_start(m, tiles.row_tiles, t / tiles.col_tiles), j = t % tiles.col_tiles * tiles.tile_cols;
     const int64_t rows = strip_start(m, tiles.row_tiles, t / tiles.col_tiles + 1) - i;
-    multiply_packed<P>(rows, cols_of(j), k, alpha, a.block(i, 0), {packed, cols}, j, beta, c.block(i, j),
-                       out.block(i, j));
+    multiply_packed<P>(rows, cols_of(j), k, alpha, a.block(i, 0), packed, j, beta, c.block(i, j), out.block(i, j));
   });
 }
 

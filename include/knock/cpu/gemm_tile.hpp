@@ -106,9 +106,11 @@ int64_t packed_size(int64_t k, int64_t n) {
 }
 
 /// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a multiple of k_block_of<P> (and depth at most
-/// that) and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns.
+/// that) and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns in panels of `width`,
+/// by default the micro-kernel's.
 template <class P>
-void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols);
+void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols,
+                int64_t width = micro_kernels<P>().cols);
 
 /// Packs all of b (k, n) into packed_size(k, n) units, on this thread.
 template <class P>
@@ -162,8 +164,9 @@ template <class T, class P>
 void units_along_k(const T* from, int64_t n, P* to) {
   using A = operand_t<P>;
   A* const out = reinterpret_cast<A*>(to);
-  if constexpr (std::is_same_v<T, A>) {
-    std::copy(from, from + n, out);
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<A, bf16>) {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i].bits = from[i].bits;
   } else {
     KNOCK_SIMD
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<sum_t<P>>(from[i]);
@@ -202,50 +205,74 @@ P unit_at(Matrix<const T> b, int64_t p, int64_t j, int64_t depth) {
   }
 }
 
-/// Four columns of four units, contiguous along K in b, to four rows of a panel.
+/// Eight columns of eight units, contiguous along K in b, to eight rows of a panel.
 template <class T, class P>
-void transpose_4x4(const T* from, int64_t from_stride, P* to, int64_t to_stride) {
+void transpose_8x8(const T* from, int64_t from_stride, P* to, int64_t to_stride) {
   using Lane = std::conditional_t<std::is_same_v<P, Pair>, uint32_t, P>;
-  typedef Lane Four __attribute__((vector_size(4 * sizeof(Lane))));
-  typedef Lane FourAnywhere __attribute__((vector_size(4 * sizeof(Lane)), aligned(alignof(P)), may_alias));
-  Four row[4];
-  for (int64_t i = 0; i < 4; ++i) {
+  typedef Lane Eight __attribute__((vector_size(8 * sizeof(Lane))));
+  typedef Lane EightAnywhere __attribute__((vector_size(8 * sizeof(Lane)), aligned(alignof(P)), may_alias));
+  Eight row[8];
+  for (int64_t i = 0; i < 8; ++i) {
     const T* const at = from + i * from_stride;
     if constexpr (sizeof(T) * unit_size<P> == sizeof(P)) {  // the same bits
-      row[i] = *reinterpret_cast<const FourAnywhere*>(at);
+      row[i] = *reinterpret_cast<const EightAnywhere*>(at);
     } else {
-      P units[4];
-      units_along_k<T, P>(at, 4 * unit_size<P>, units);
-      row[i] = *reinterpret_cast<const FourAnywhere*>(units);
+      P units[8];
+      units_along_k<T, P>(at, 8 * unit_size<P>, units);
+      row[i] = *reinterpret_cast<const EightAnywhere*>(units);
     }
   }
-  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
-             low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
-             high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7),
-             high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  *reinterpret_cast<FourAnywhere*>(to) = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
-  *reinterpret_cast<FourAnywhere*>(to + to_stride) = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
-  *reinterpret_cast<FourAnywhere*>(to + 2 * to_stride) = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
-  *reinterpret_cast<FourAnywhere*>(to + 3 * to_stride) = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+  // Blocks of 1, 2 and 4 lanes change places between rows as far apart.
+  const auto exchange = [&](int i, int j, auto swap) {
+    const Eight a = row[i], b = row[j];
+    if constexpr (swap == 1) {
+      row[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14);
+      row[j] = __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
+    } else if constexpr (swap == 2) {
+      row[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+      row[j] = __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+    } else {
+      row[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+      row[j] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+  };
+  for (int i = 0; i < 8; i += 2) exchange(i, i + 1, std::integral_constant<int, 1>());
+  for (int i = 0; i < 8; ++i)
+    if (i % 4 < 2) exchange(i, i + 2, std::integral_constant<int, 2>());
+  for (int i = 0; i < 4; ++i) exchange(i, i + 4, std::integral_constant<int, 4>());
+  for (int64_t i = 0; i < 8; ++i) *reinterpret_cast<EightAnywhere*>(to + i * to_stride) = row[i];
 }
 
-/// to[u * width + j] = unit u of b's column j for j < n, and 0 up to width.
+/// Panels of rows whose n elements lie side by side: row p of `depth` begins at row_of(p). A few rows are read at a
+/// time, as streams.
+template <class T, class P, class RowOf>
+void pack_rows(const RowOf& row_of, int64_t depth, int64_t n, int64_t width, P* to) {
+  constexpr int64_t unit = unit_size<P>, together = 8;
+  const int64_t units = units_of<P>(depth);
+  for (int64_t first = 0; first < units; first += together)
+    for (int64_t j = 0; j < n; j += width)
+      for (int64_t u = first; u < std::min(first + together, units); ++u) {
+        const int64_t p = u * unit, cols = std::min(width, n - j);
+        P* const at = to + j * units + u * width;
+        if (const int64_t next = p + together * unit; next < depth) {
+          for (int64_t i = next; i < std::min(next + unit, depth); ++i)
+            for (int64_t line = 0; line < cols; line += 64 / static_cast<int64_t>(sizeof(T)))
+              __builtin_prefetch(row_of(i) + j + line);
+        }
+        units_across_k<T, P>(row_of(p) + j, p + 1 < depth ? row_of(p + 1) + j : nullptr, cols, at);
+        std::fill(at + cols, at + width, P());
+      }
+}
+
+/// One panel of columns: to[u * width + j] = unit u of b's column j for j < n, and 0 up to width.
 template <class T, class P>
-void pack_panel(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P* to) {
+void pack_columns(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P* to) {
   constexpr int64_t unit = unit_size<P>;
-  if (b.col_stride == 1) {
-    for (int64_t p = 0; p < depth; p += unit, to += width) {
-      const T* const row = b.data + p * b.row_stride;
-      units_across_k<T, P>(row, p + 1 < depth ? row + b.row_stride : nullptr, n, to);
-      std::fill(to + n, to + width, P());
-    }
-    return;
-  }
-  const int64_t square_depth = b.row_stride == 1 ? depth / unit / 4 * 4 : 0, square_cols = n / 4 * 4;
+  const int64_t square_depth = b.row_stride == 1 ? depth / unit / 8 * 8 : 0, square_cols = n / 8 * 8;
   for (int64_t u = 0; u < square_depth; u += 16)  // a cache line of every column of b at a time
-    for (int64_t j = 0; j < square_cols; j += 4)
-      for (int64_t q = u; q < std::min(u + 16, square_depth); q += 4)
-        transpose_4x4(b.data + q * unit + j * b.col_stride, b.col_stride, to + q * width + j, width);
+    for (int64_t j = 0; j < square_cols; j += 8)
+      for (int64_t q = u; q < std::min(u + 16, square_depth); q += 8)
+        transpose_8x8(b.data + q * unit + j * b.col_stride, b.col_stride, to + q * width + j, width);
   for (int64_t u = 0; u < units_of<P>(depth); ++u)
     for (int64_t j = u < square_depth ? square_cols : 0; j < width; ++j)
       to[u * width + j] = j < n ? unit_at<T, P>(b, u * unit, j, depth) : P();
@@ -274,7 +301,8 @@ Left<P> left_tile(Operand a, int64_t m, int64_t depth) {
   with_type<P>(a, [&]<class T>(Matrix<const T> from) {
     vectorized([&] {
       if (by_column && !by_row) {
-        pack_panel<T, P>(from.t(), depth, m, m, to);
+        const auto row_of = [&](int64_t p) { return from.data + p * from.col_stride; };
+        pack_rows<T, P>(row_of, depth, m, m, to);
       } else if (by_row) {
         for (int64_t i = 0; i < m; ++i) units_along_k<T, P>(from.data + i * from.row_stride, depth, to + i * width);
       } else {
@@ -449,13 +477,16 @@ void multiply_blocks(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, const Left
 }  // namespace detail
 
 template <class P>
-void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols) {
-  const int64_t width = micro_kernels<P>().cols, units = units_of<P>(depth);
-  P* const to = packed + p / unit_size<P> * cols;
-  detail::with_type<P>(b, [&]<class T>(Matrix<const T> from) {
+void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols, int64_t width) {
+  const int64_t units = units_of<P>(depth);
+  P* const to = packed + p / unit_size<P> * cols + col * units;
+  detail::with_type<P>(b, [&]<class T>(Matrix<const T> whole) {
+    const Matrix<const T> from = whole.block(p, col);
+    const auto row_of = [&](int64_t i) { return from.data + i * from.row_stride; };
     vectorized([&] {
+      if (from.col_stride == 1) return detail::pack_rows<T, P>(row_of, depth, n, width, to);
       for (int64_t j = 0; j < n; j += width)
-        detail::pack_panel<T, P>(from.block(p, col + j), depth, std::min(width, n - j), width, to + (col + j) * units);
+        detail::pack_columns<T, P>(from.block(0, j), depth, std::min(width, n - j), width, to + j * units);
     });
   });
 }

@@ -296,9 +296,7 @@ class MoeBackward {
     const Result to[] = {expert_matrix(out_.gate, e), expert_matrix(out_.up, e)};
     const P* const from[] = {d_gate_.data(), d_up_.data()};
     const auto pack_x = [&](int64_t begin, int64_t end) {
-      const int64_t width = micro_kernels<P>().cols, units = units_of<P>(end - begin);
-      for (int64_t j = 0; j < c; j += width)
-        gather_across(moe_.x, begin, end, j, std::min(width, c - j), width, x + j * units);
+      gather_across(moe_.x, begin, end, 0, c, micro_kernels<P>().cols, x);
     };
     const auto left_of = [&](int which, int64_t i, int64_t rows, int64_t begin, int64_t end) {
       const A* const first = reinterpret_cast<const A*>(from[which] + begin * stride_) + i;
@@ -348,16 +346,10 @@ class MoeBackward {
       for (const Accumulator<P>& sum : sums) sum.finish();
   }
 
-  /// Units across sorted rows [begin, end) of `source` (N, C), columns [col, col + n), zeros up to `width`.
+  /// Sorted rows [begin, end) of `source` (N, C), columns [col, col + n), as panels of units across rows.
   void gather_across(const T* source, int64_t begin, int64_t end, int64_t col, int64_t n, int64_t width, P* to) const {
-    vectorized([&] {
-      for (int64_t row = begin; row < end; row += unit_size<P>, to += width) {
-        const T* const first = source + moe_.token_of(row) * moe_.c + col;
-        const T* const second = row + 1 < end ? source + moe_.token_of(row + 1) * moe_.c + col : nullptr;
-        units_across_k<T, P>(first, second, n, to);
-        std::fill(to + n, to + width, P());
-      }
-    });
+    const auto row_of = [&](int64_t row) { return source + moe_.token_of(begin + row) * moe_.c + col; };
+    vectorized([&] { pack_rows<T, P>(row_of, end - begin, n, width, to); });
   }
 
   const Moe<T>& moe_;
