@@ -186,9 +186,7 @@ struct Decode {
         j = stop + 1;
       }
     }
-    for (int64_t r = 0; !masked && r < rows; r += thin_add_rows)
-      thin_add<T>(std::min(thin_add_rows, rows - r), value_depth, count, s + r * decode_span, decode_span, values_at,
-                  v.strides[2], sums + r * value_depth, value_depth);
+    if (!masked) thin_add<T>(rows, value_depth, count, s, decode_span, values_at, v.strides[2], sums, value_depth);
     for (int64_t r = 0; r < rows; ++r)
       std::copy(sums + r * value_depth, sums + (r + 1) * value_depth, parts + r * spans * part_size());
   }

@@ -50,8 +50,8 @@ const ThinKernels<T>& thin_kernels() {
   }
 }
 
-/// Most rows of a thin product with b contiguous along k, and along n: beyond, packing b pays.
-inline constexpr int64_t thin_rows = 16, thin_add_rows = 4;
+/// Most rows of a thin product: beyond, packing b pays.
+inline constexpr int64_t thin_rows = 16;
 
 /// The left operand of dot products: rows contiguous along k, in the type the kernels want.
 struct ThinLeft {
@@ -109,11 +109,15 @@ void thin_dots(int64_t m, int64_t k, ThinLeft a, Matrix<const T> b, int64_t begi
   }
 }
 
-/// out (m, n) += a (m, k) b (k, n) on this thread, b contiguous along n, a along k. m is at most thin_add_rows.
+/// out (m, n) += a (m, k) b (k, n) on this thread, b contiguous along n, a along k. m is at most thin_rows.
 template <class T>
 void thin_add(int64_t m, int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row,
               compute_t<T>* out, int64_t out_row) {
-  thin_kernels<T>().add[m - 1](n, k, a, a_row, b, b_row, out, out_row);
+  const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 32;  // for rows beyond 4, b comes from the caches
+  for (int64_t p = 0; p < k; p += depth)
+    for (int64_t i = 0; i < m; i += 4)
+      thin_kernels<T>().add[std::min<int64_t>(4, m - i) - 1](n, std::min(depth, k - p), a + i * a_row + p, a_row,
+                                                             b + p * b_row, b_row, out + i * out_row, out_row);
 }
 
 /// Columns that one task of a thin product makes: whole fours, at least 128 KiB of b (a task begins without what was
@@ -175,7 +179,7 @@ using ThinProduct = void (*)(int64_t, int64_t, int64_t, C, Matrix<const T>, Matr
 template <class T, class C>
 ThinProduct<T, C> thin_product(int64_t m, int64_t n, int64_t k, Matrix<const T> b) {
   if (m <= thin_rows && b.row_stride == 1 && k >= 8) return thin_dot_product<T, C>;
-  if (m <= thin_add_rows && b.col_stride == 1 && n >= 16) return thin_add_product<T, C>;
+  if (m <= thin_rows && b.col_stride == 1 && n >= 16) return thin_add_product<T, C>;
   return nullptr;
 }
 

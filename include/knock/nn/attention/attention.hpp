@@ -80,6 +80,14 @@ class Attention : public Module {
   KNOCK_FUNC virtual Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const AttentionParams& params) const;
 
+  /// Whether to take `attend_in_place`: one token, with a past, and all of it in one document.
+  static bool decodes_one(const Tensor& x, const AttentionInputs& inputs);
+  /// Attention of one token over keys in two parts, scale q [k | k_shared]^T with q = [q_own | q_shared]: the parts
+  /// stay where they lie, where one tensor of them would be a copy of the cache for every token. q_own (B, Hq, 1, D)
+  /// and q_shared (B, Hq, 1, R), k (B, Hkv, Tk, D), k_shared (B, 1, Tk, R), v (B, Hkv, Tk, Dv) -> (B, Hq, 1, Dv).
+  Tensor attend_in_place(const Tensor& q_own, const Tensor& q_shared, const Tensor& k, const Tensor& k_shared,
+                         const Tensor& v, double scale) const;
+
   /// Removes a knock that was folded.
   void drop(const char* name, std::unique_ptr<KnockLayer>& knock);
   /// Folds a linear knock, registered under `name`, into rows (..., d, C) of a projection; others stay.
@@ -98,8 +106,13 @@ Tensor split_heads(const Tensor& x, int64_t dim);
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_ATTENTION)
 #include <knock/autograd/grad_mode.hpp>
+#include <knock/ops/binary.hpp>
+#include <knock/ops/matmul.hpp>
 #include <knock/ops/rope.hpp>
+#include <knock/ops/softmax.hpp>
 #include <knock/ops/view.hpp>
+
+#include <algorithm>
 
 namespace knock::nn {
 
@@ -211,6 +224,21 @@ KNOCK_FUNC Tensor Attention::attend(const Tensor& q, const Tensor& k, const Tens
                                     const AttentionParams& params) const {
   const Tensor mixed = scaled_dot_product_attention(q, k, v, params);  // (B, Hq, T, Dv)
   return mixed.transpose(1, 2).reshape({q.size(0), q.size(2), -1});
+}
+
+KNOCK_FUNC bool Attention::decodes_one(const Tensor& x, const AttentionInputs& inputs) {
+  return inputs.cache && inputs.cache->length() > 0 && x.size(1) == 1 && !inputs.documents.defined();
+}
+
+KNOCK_FUNC Tensor Attention::attend_in_place(const Tensor& q_own, const Tensor& q_shared, const Tensor& k,
+                                             const Tensor& k_shared, const Tensor& v, double scale) const {
+  const int64_t batch = q_own.size(0), heads = q_own.size(1), kv_heads = k.size(1), keys = k.size(2);
+  const int64_t seen = options_.window > 0 ? std::min(options_.window, keys) : keys;  // causal: the last ones
+  const auto grouped = [&](const Tensor& q) { return q.reshape({batch, kv_heads, heads / kv_heads, q.size(3)}); };
+  const auto near = [&](const Tensor& past) { return past.narrow(2, keys - seen, seen); };
+  const Tensor scores = matmul(grouped(q_own), near(k).transpose(2, 3)) +
+                        matmul(grouped(q_shared), near(k_shared).transpose(2, 3));  // (B, Hkv, G, seen)
+  return matmul(softmax(scores * scale, -1), near(v)).reshape({batch, heads, 1, v.size(3)});
 }
 
 KNOCK_FUNC void Attention::drop(const char* name, std::unique_ptr<KnockLayer>& knock) {

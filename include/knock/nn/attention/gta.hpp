@@ -31,6 +31,8 @@ class GtaAttention : public Attention {
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_GTA)
 #include <knock/ops/view.hpp>
 
+#include <cmath>
+
 namespace knock::nn {
 
 KNOCK_FUNC GtaAttention::GtaAttention(const AttentionOptions& options)
@@ -54,16 +56,22 @@ KNOCK_FUNC Tensor GtaAttention::forward(const Tensor& x, const AttentionInputs& 
   Tensor q = split_heads(q_proj(x), dim);  // (B, T, Hq, D)
   if (knock_q) q = knock_q->forward(q);
   q = q.transpose(1, 2);  // (B, Hq, T, D)
-  q = cat({q.narrow(3, 0, tied), rotate(q.narrow(3, tied, rope_dim), positions)}, 3);
+  const Tensor q_tied = q.narrow(3, 0, tied), q_rope = rotate(q.narrow(3, tied, rope_dim), positions);
   const Tensor state = split_heads(kv_proj(x), dim).transpose(1, 2);                               // (B, Hkv, T, D)
   const Tensor k_rope = rotate(split_heads(k_rope_proj(x), rope_dim).transpose(1, 2), positions);  // (B, 1, T, R)
+  const bool in_place = decodes_one(x, inputs);
   const Seen seen = with_past({state, k_rope}, inputs);
 
   const Tensor kv = seen.parts[0];  // (B, Hkv, Tk, D)
+  if (in_place && !knock_v) {
+    const double scale = 1 / std::sqrt(static_cast<double>(dim));
+    const Tensor out = attend_in_place(q_tied, q_rope, kv.narrow(3, 0, tied), seen.parts[1], kv, scale);
+    return o_proj(out.reshape({out.size(0), 1, -1}));
+  }
   const Tensor shared = seen.parts[1].expand({kv.size(0), kv.size(1), kv.size(2), rope_dim});
   const Tensor k = cat({kv.narrow(3, 0, tied), shared}, 3);
   const Tensor v = knock_v ? knock_v->forward(kv) : kv;
-  return o_proj(attend(q, k, v, mask(seen.documents)));
+  return o_proj(attend(cat({q_tied, q_rope}, 3), k, v, mask(seen.documents)));
 }
 
 KNOCK_FUNC void GtaAttention::absorb_knocks() {

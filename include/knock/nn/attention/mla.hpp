@@ -43,8 +43,11 @@ class MlaAttention : public Attention {
 
  private:
   Tensor expanded(const Tensor& q_nope, const Tensor& q_rope, const Seen& seen);
-  Tensor absorbed(const Tensor& q_nope, const Tensor& q_rope, const Seen& seen);
-  Tensor up_rows(int64_t begin, int64_t dim, const std::unique_ptr<KnockLayer>& knock, DType dtype) const;
+  Tensor absorbed(const Tensor& q_nope, const Tensor& q_rope, const Seen& seen, bool in_place);
+  Tensor up_rows(int64_t latent, int64_t begin, int64_t dim, const std::unique_ptr<KnockLayer>& knock,
+                 DType dtype) const;
+  template <class Rows>
+  Tensor times_up_rows(const Tensor& x, Rows&& rows) const;
 
   int64_t latents_, width_;  // how many, and the features of each
 };
@@ -112,10 +115,10 @@ KNOCK_FUNC Tensor MlaAttention::forward(const Tensor& x, const AttentionInputs& 
   for (int64_t i = 0; i < latents_; ++i)
     latents.push_back(kv_a_layernorm[static_cast<std::size_t>(i)]->forward(joint.narrow(2, i * width_, width_)));
   const Tensor k_rope = rotate(joint.narrow(2, options_.kv_lora_rank, rope_dim).unsqueeze(1), positions);
-  const bool decoding = inputs.cache && inputs.cache->length() > 0;
+  const bool decoding = inputs.cache && inputs.cache->length() > 0, in_place = decodes_one(x, inputs);
   const Seen seen = with_past({stack(latents, 1), k_rope}, inputs);  // (B, L, Tk, width), (B, 1, Tk, R)
   q_nope = q_nope.transpose(1, 2);                                   // (B, H, T, nope)
-  return o_proj(decoding ? absorbed(q_nope, q_rope, seen) : expanded(q_nope, q_rope, seen));
+  return o_proj(decoding ? absorbed(q_nope, q_rope, seen, in_place) : expanded(q_nope, q_rope, seen));
 }
 
 /// Makes keys and values of all heads: fewer operations where there are many queries.
@@ -135,28 +138,42 @@ KNOCK_FUNC Tensor MlaAttention::expanded(const Tensor& q_nope, const Tensor& q_r
 }
 
 /// Stays in the latent space: no work on past tokens but the scores and sums over the latents.
-KNOCK_FUNC Tensor MlaAttention::absorbed(const Tensor& q_nope, const Tensor& q_rope, const Seen& seen) {
+KNOCK_FUNC Tensor MlaAttention::absorbed(const Tensor& q_nope, const Tensor& q_rope, const Seen& seen, bool in_place) {
   const int64_t nope = options_.nope_dim, value = options_.v_head_dim;
-  const Tensor& latents = seen.parts[0];
-  const Tensor k_up = up_rows(0, nope, knock_k, q_nope.dtype());      // (H, nope, width)
-  const Tensor v_up = up_rows(nope, value, knock_v, q_nope.dtype());  // (H, Dv, width)
-  const Tensor q = cat({matmul(q_nope, k_up), q_rope}, 3);            // (B, H, T, width + R)
-  const Tensor k_rope = seen.parts[1].expand({latents.size(0), latents_, latents.size(2), options_.rope_dim});
-  AttentionParams params = mask(seen.documents);
-  params.scale = 1 / std::sqrt(static_cast<double>(nope + options_.rope_dim));
-  const Tensor mixed = scaled_dot_product_attention(q, cat({latents, k_rope}, 3), latents, params);  // (B, H, T, width)
-  const Tensor out = matmul(mixed, v_up.transpose(1, 2));                                            // (B, H, T, Dv)
+  const DType dtype = q_nope.dtype();
+  const Tensor &latents = seen.parts[0], &k_rope = seen.parts[1];
+  const double scale = 1 / std::sqrt(static_cast<double>(nope + options_.rope_dim));
+  const Tensor q = times_up_rows(q_nope, [&](int64_t i) { return up_rows(i, 0, nope, knock_k, dtype); });
+  Tensor mixed;  // (B, H, T, width)
+  if (in_place) {
+    mixed = attend_in_place(q, q_rope, latents, k_rope, latents, scale);
+  } else {
+    const Tensor shared = k_rope.expand({latents.size(0), latents_, latents.size(2), options_.rope_dim});
+    AttentionParams params = mask(seen.documents);
+    params.scale = scale;
+    mixed = scaled_dot_product_attention(cat({q, q_rope}, 3), cat({latents, shared}, 3), latents, params);
+  }
+  const Tensor out = times_up_rows(
+      mixed, [&](int64_t i) { return up_rows(i, nope, value, knock_v, dtype).transpose(1, 2); });  // (B, H, T, Dv)
   return out.transpose(1, 2).reshape({out.size(0), out.size(2), -1});
 }
 
-/// Rows [begin, begin + dim) of each head in W_kvb, with the knock behind them.
-KNOCK_FUNC Tensor MlaAttention::up_rows(int64_t begin, int64_t dim, const std::unique_ptr<KnockLayer>& knock,
-                                        DType dtype) const {
-  Tensors rows;
-  for (const auto& layer : kv_b_proj)
-    rows.push_back(layer->weight.view({-1, options_.nope_dim + options_.v_head_dim, width_}).narrow(1, begin, dim));
-  const Tensor all = (latents_ == 1 ? rows[0] : cat(rows, 0)).to(dtype);  // (H, dim, width)
-  return knock ? matmul(knock->linear_weight().to(dtype), all) : all;
+/// x (B, H, T, ...) times rows(i) (H / L, ...) for the heads of each latent i.
+template <class Rows>
+Tensor MlaAttention::times_up_rows(const Tensor& x, Rows&& rows) const {
+  const int64_t heads = x.size(1) / latents_;
+  Tensors out;
+  for (int64_t i = 0; i < latents_; ++i) out.push_back(matmul(x.narrow(1, i * heads, heads), rows(i)));
+  return latents_ == 1 ? out[0] : cat(out, 1);
+}
+
+/// Rows [begin, begin + dim) of each of a latent's heads in W_kvb, with the knock behind them: (H / L, dim, width).
+KNOCK_FUNC Tensor MlaAttention::up_rows(int64_t latent, int64_t begin, int64_t dim,
+                                        const std::unique_ptr<KnockLayer>& knock, DType dtype) const {
+  const Tensor heads =
+      kv_b_proj[static_cast<std::size_t>(latent)]->weight.view({-1, options_.nope_dim + options_.v_head_dim, width_});
+  const Tensor rows = heads.narrow(1, begin, dim).to(dtype);
+  return knock ? matmul(knock->linear_weight().to(dtype), rows) : rows;
 }
 
 KNOCK_FUNC void MlaAttention::absorb_knocks() {
