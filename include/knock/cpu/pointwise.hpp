@@ -4,7 +4,8 @@
 // Each functor is compiled once for f32, f64 and i64 (predicates for u8 too), as a loop over dense data that the
 // compiler vectorises. Other dtypes (bf16 computes in f32, i32 and u8 in i64), strides and broadcasting pass through
 // small buffers around those loops, so the number of instantiations is functors x 3, whatever the layout. Ops of two
-// bf16 arrays, the sums of residuals and gradients, have loops of their own: through buffers they take 2.3 times as long.
+// bf16 arrays, the sums of residuals and gradients, have loops of their own: through buffers they take 2.3 times as
+// long.
 
 #include <knock/core/backend.hpp>
 #include <knock/ops/pointwise_functors.hpp>
