@@ -81,31 +81,31 @@ ThinLeft thin_left(int64_t m, int64_t k, Matrix<const T> a) {
   return thin_kernels<T>().narrow ? copied(Type<T>{}) : copied(Type<compute_t<T>>{});
 }
 
-/// Columns [begin, end) of a b on this thread, b contiguous along k: calls store(i, j, value) for each.
+/// Columns [begin, end) of a b on this thread, b contiguous along k: calls store(i, j, value) for each. m is any
+/// number; of many rows, four at a time meet 16 columns that stay in the L1 cache.
 template <class T, class Store>
 void thin_dots(int64_t m, int64_t k, ThinLeft a, Matrix<const T> b, int64_t begin, int64_t end, Store&& store) {
   using C = compute_t<T>;
   const ThinKernels<T>& kernels = thin_kernels<T>();
   const int64_t element = kernels.narrow ? static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(sizeof(C));
-  const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 1024;  // rows of a beyond 4 come from the L1 cache
-  C sums[thin_rows * 4], part[16];
-  for (int64_t j = begin; j < end; j += 4) {
-    const int64_t cols = std::min<int64_t>(4, end - j);
-    // Fewer than 4 columns are made one at a time, as 4 equal ones.
-    for (int64_t col = 0; col < cols; col += cols < 4 ? 1 : 4) {
-      const int64_t step = cols < 4 ? 0 : b.col_stride, made = cols < 4 ? 1 : 4;
-      for (int64_t i = 0; i < m; i += 4)
-        for (int64_t p = 0; p < k || p == 0; p += depth) {
-          const int64_t rows = std::min<int64_t>(4, m - i);
-          C* const to = p == 0 ? sums + i * 4 : part;
-          kernels.dot[rows - 1](std::min(depth, k - p),
-                                static_cast<const char*>(a.data) + (i * a.row_stride + p) * element, a.row_stride,
-                                b.data + (j + col) * b.col_stride + p, step, to);
-          for (int64_t s = 0; p > 0 && s < rows * 4; ++s) sums[i * 4 + s] += part[s];
-        }
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t s = 0; s < made; ++s) store(i, j + col + s, sums[i * 4 + s]);
+  const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 1024;
+  C sums[16], part[16];
+  // Fewer than 4 columns are made one at a time, as 4 equal ones.
+  const auto block = [&](int64_t i, int64_t j, int64_t cols) {
+    const int64_t rows = std::min<int64_t>(4, m - i);
+    for (int64_t p = 0; p < k || p == 0; p += depth) {
+      C* const to = p == 0 ? sums : part;
+      kernels.dot[rows - 1](std::min(depth, k - p), static_cast<const char*>(a.data) + (i * a.row_stride + p) * element,
+                            a.row_stride, b.data + j * b.col_stride + p, cols < 4 ? 0 : b.col_stride, to);
+      for (int64_t s = 0; p > 0 && s < rows * 4; ++s) sums[s] += part[s];
     }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t s = 0; s < cols; ++s) store(i + r, j + s, sums[r * 4 + s]);
+  };
+  for (int64_t first = begin; first < end; first += 16) {
+    const int64_t last = std::min(first + 16, end);
+    for (int64_t i = 0; i < m; i += 4)
+      for (int64_t j = first; j < last; j += last - j < 4 ? 1 : 4) block(i, j, last - j < 4 ? 1 : 4);
   }
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 // Routed experts for few tokens, as in decoding: the chosen experts' weights are read once, where they lie.
 //
-// Two passes, each over all threads: gate and up products with the activation, by experts and blocks of their columns;
-// down products and the sum over a token's slots, by blocks of output columns. A block's sums are the same on any
+// Two passes over all threads, by experts and blocks of their columns: gate and up products with the activation; down
+// products. Then the sums over each token's slots, in the order of the slots. A block's sums are the same on any
 // thread: the bits depend on the shapes and the routing alone.
 
 #include <knock/core/backend.hpp>
@@ -19,27 +19,24 @@ bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array&
 #include <knock/core/parallel.hpp>
 #include <knock/core/storage.hpp>
 #include <knock/cpu/gemm_thin.hpp>
+#include <knock/cpu/scratch.hpp>
 
 #include <vector>
 
 namespace knock::cpu {
 namespace detail {
 
-/// Rows [begin, end) of the list of slots sorted by expert, at most thin_rows of one expert.
+/// Rows [begin, end) of the list of slots sorted by expert, all of one expert.
 struct ThinGroup {
   int64_t expert, begin, end;
 };
 
-/// The groups of all experts; empty where experts have more than 4 rows on average.
-inline std::vector<ThinGroup> thin_groups(const int64_t* offsets, int64_t experts) {
+/// The groups of all experts; empty where they have more than `most` rows on average.
+inline std::vector<ThinGroup> thin_groups(const int64_t* offsets, int64_t experts, int64_t most) {
   std::vector<ThinGroup> groups;
-  int64_t chosen = 0;
-  for (int64_t e = 0; e < experts; ++e) {
-    chosen += offsets[e] < offsets[e + 1];
-    for (int64_t begin = offsets[e]; begin < offsets[e + 1]; begin += thin_rows)
-      groups.push_back({e, begin, std::min(begin + thin_rows, offsets[e + 1])});
-  }
-  if (offsets[experts] > 4 * chosen) groups.clear();
+  for (int64_t e = 0; e < experts; ++e)
+    if (offsets[e] < offsets[e + 1]) groups.push_back({e, offsets[e], offsets[e + 1]});
+  if (offsets[experts] > most * static_cast<int64_t>(groups.size())) groups.clear();
   return groups;
 }
 
@@ -93,11 +90,17 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
     });
   }
 
-  const int64_t ffn_cols = thin_block_cols(2 * c * static_cast<int64_t>(sizeof(T))),
-                blocks = (f + ffn_cols - 1) / ffn_cols;
-  parallel_tasks(static_cast<int64_t>(groups.size()) * blocks, [&](int64_t task) {
-    const ThinGroup& group = groups[static_cast<std::size_t>(task / blocks)];
-    const int64_t begin = task % blocks * ffn_cols, end = std::min(f, begin + ffn_cols), rows = group.end - group.begin;
+  // Calls body(group, begin, end) for blocks of `count` columns of every group's expert.
+  const auto for_blocks = [&](int64_t count, int64_t bytes, auto&& body) {
+    const int64_t cols = thin_block_cols(bytes), blocks = (count + cols - 1) / cols;
+    parallel_tasks(static_cast<int64_t>(groups.size()) * blocks, [&](int64_t task) {
+      const int64_t begin = task % blocks * cols;
+      body(groups[static_cast<std::size_t>(task / blocks)], begin, std::min(count, begin + cols));
+    });
+  };
+  constexpr auto bytes = static_cast<int64_t>(sizeof(T));
+  for_blocks(f, 2 * c * bytes, [&](const ThinGroup& group, int64_t begin, int64_t end) {
+    const int64_t rows = group.end - group.begin;
     T* const own = hidden + group.begin * 2 * f;
     const auto project = [&](const Array& weight, T* to) {
       const Matrix<const T> w{weight.as<T>() + group.expert * f * c, 1, c};  // (C, F)
@@ -120,24 +123,23 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
     }
   });
 
-  const int64_t out_cols =
-      std::min(thin_block_cols(f * static_cast<int64_t>(sizeof(T)) * static_cast<int64_t>(groups.size())), c);
-  parallel_for(c, out_cols, [&](int64_t begin, int64_t end) {
-    const int64_t cols = end - begin;
-    C* const sorted = thread_scratch<C>(Slot::user0, (sorted_rows + 1) * cols);  // weighted outputs, and a sum
-    for (const ThinGroup& group : groups) {
-      const Matrix<const T> w{in.down.as<T>() + group.expert * f * c, 1, f};  // (F, C)
-      thin_dots(group.end - group.begin, f, activation.from(group.begin), w, begin, end,
-                [&](int64_t i, int64_t j, C sum) { sorted[(group.begin + i) * cols + j - begin] = sum; });
-    }
-    C* const sum = sorted + sorted_rows * cols;
-    for (int64_t n = 0; n < tokens; ++n) {
-      std::fill(sum, sum + cols, C(0));
+  const Scratch<C> sorted(sorted_rows * c);  // weighted outputs
+  for_blocks(c, f * bytes, [&](const ThinGroup& group, int64_t begin, int64_t end) {
+    const Matrix<const T> w{in.down.as<T>() + group.expert * f * c, 1, f};  // (F, C)
+    C* const own = sorted.data() + group.begin * c;
+    thin_dots(group.end - group.begin, f, activation.from(group.begin), w, begin, end,
+              [&](int64_t i, int64_t j, C sum) { own[i * c + j] = sum; });
+  });
+  parallel_for(tokens, 64, [&](int64_t begin, int64_t end) {
+    C* const sum = thread_scratch<C>(Slot::user0, c);
+    for (int64_t n = begin; n < end; ++n) {
+      std::fill(sum, sum + c, C(0));
       for (int64_t slot = n * k; slot < (n + 1) * k; ++slot) {
         const int64_t row = place[static_cast<std::size_t>(slot)];
-        for (int64_t j = 0; row >= 0 && j < cols; ++j) sum[j] += sorted[row * cols + j];
+        KNOCK_SIMD
+        for (int64_t j = 0; j < (row < 0 ? 0 : c); ++j) sum[j] += sorted.data()[row * c + j];
       }
-      for (int64_t j = 0; j < cols; ++j) out[n * c + begin + j] = static_cast<T>(sum[j]);
+      for (int64_t j = 0; j < c; ++j) out[n * c + j] = static_cast<T>(sum[j]);
     }
   });
 }
@@ -145,7 +147,10 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
 }  // namespace detail
 
 KNOCK_FUNC bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array& out) {
-  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0]);
+  // Beyond, packing pays: later in f32, where reading twice what is packed takes longer, than with dot products of
+  // bf16.
+  const int64_t most = in.x.dtype == DType::bf16 && thin_kernels<bf16>().narrow ? 8 : 96;
+  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0], most);
   if (groups.empty() || in.gate.dtype != in.x.dtype) return false;
   dispatch_float(in.x.dtype, "moe_experts",
                  [&]<class T>(Type<T>) { detail::moe_thin<T>(in, groups, out_hidden.as<T>(), out.as<T>()); });
