@@ -94,7 +94,7 @@ int main(int argc, char** argv) {
              {"step_s", bench::Measured{seconds}},
              {"tokens_per_s", bench::Measured{seconds.rate(batch * length)}},
              {"gflop", flop() / 1e9},
-             {"gflops", bench::Measured{seconds.rate(flop() / 1e9), bench::peak_gflops(dtype)}},
+             {"gflops_per_s", bench::Measured{seconds.rate(flop() / 1e9), bench::peak_gflops(dtype)}},
              {"peak_rss_mib", bench::peak_rss_mib()},
              {"first_loss", first},
              {"last_loss", last}});

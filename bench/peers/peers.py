@@ -120,8 +120,8 @@ COMPARISONS = {
                             inference, ("torch", "transformers>=5.23,<6", "llama-cpp-python"),
                             ("bench_inference", "export")),
     "time_to_loss": Comparison("Training to the same loss, ./run train's defaults", ("precision", "loss"),
-                               ("to_loss_s", "train_s", "last_loss_nats"), time_to_loss, ("torch", "numpy", "tokenizers"),
-                               ("train_lm", "extract_novels"), slow=True),
+                               ("to_loss_s", "train_s", "last_loss_nats"), time_to_loss,
+                               ("torch", "numpy", "tokenizers"), ("train_lm", "extract_novels"), slow=True),
 }
 
 
@@ -146,8 +146,8 @@ def run(command):
 def measured(arguments, command):
     """The rows of a bench program or of a rival's script."""
     script = command[0].endswith(".py")
-    program = [sys.executable, os.path.join(HERE, command[0])] if script else [os.path.join(arguments.programs, command[0])]
-    return run([*program, *command[1:], "--threads", str(arguments.threads)])
+    program = os.path.join(HERE if script else arguments.programs, command[0])
+    return run([*([sys.executable] if script else []), program, *command[1:], "--threads", str(arguments.threads)])
 
 
 def novels():
@@ -171,8 +171,8 @@ def middle(values):
 class Results:
     """values[row, side, metric]: one a round. A side is "ours" or (rival, variant)."""
 
-    def __init__(self, comparison):
-        self.comparison, self.values, self.rows, self.percent = comparison, {}, [], {}
+    def __init__(self, comparison, peaks):
+        self.comparison, self.values, self.rows, self.percent, self.peaks = comparison, {}, [], {}, peaks
 
     def add(self, rows, side):
         for row in rows:
@@ -186,6 +186,8 @@ class Results:
                     self.values.setdefault((key, side, metric), []).append(row[metric])
                 if side == "ours" and f"{metric}_percent" in row:
                     self.percent[key, metric] = row[f"{metric}_percent"]
+            if side == "ours" and "gflops_per_s" in row:
+                self.percent[key, "step_s"] = 100 * row["gflops_per_s"] / self.peaks[row["precision"]]
 
     def best(self, key, rivals):
         """The variant of each rival that is best in the first metric."""
@@ -218,13 +220,15 @@ def number(value):
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
 
-def compare(comparison, arguments, failures):
-    results = Results(comparison)
+def compare(comparison, arguments, peaks, failures):
+    results = Results(comparison, peaks)
     if comparison.threads:
         arguments = argparse.Namespace(**{**vars(arguments), "threads": comparison.threads})
     with tempfile.TemporaryDirectory() as folder:
         for job in comparison.jobs(arguments, folder):
-            one = Results(comparison)
+            if arguments.match and arguments.match not in job.ours:
+                continue
+            one = Results(comparison, peaks)
             left = set(job.theirs)
             for turn in range(arguments.rounds):
                 for side in ["ours", *(s for s in job.theirs if s in left)]:
@@ -245,9 +249,13 @@ def compare(comparison, arguments, failures):
 
 
 def machine(arguments):
+    """The kind of machine, its limits in words, and the peaks that percentages refer to."""
     rows = run([os.path.join(arguments.programs, "bench/peak"), "--json", "--threads", str(arguments.threads)])
-    limits = ", ".join(f"{row['limit']} {row['value']:.0f} {row['unit']}" for row in rows)
-    return f"{rows[0]['machine']}, {rows[0]['isa']}", f"{arguments.threads} threads; limits measured: {limits}"
+    limits = {row["limit"]: row["value"] for row in rows}
+    words = ", ".join(f"{row['limit']} {row['value']:.0f} {row['unit']}" for row in rows)
+    f32 = limits["f32 multiply-add"]
+    return (f"{rows[0]['machine']}, {rows[0]['isa']}", f"{arguments.threads} threads; limits measured: {words}",
+            {"f32": f32, "bf16": limits.get("bf16 dot product", f32)})
 
 
 def versions(comparison):
@@ -272,20 +280,23 @@ def write(path, title, limits, heading, body):
 
 
 def parse():
-    parser = argparse.ArgumentParser(description="Measures ours and the rivals in turn; a ratio above 1 says that ours is "
-                                     "better.", prog="./run bench peers")
+    parser = argparse.ArgumentParser(prog="./run bench peers", description="Measures ours and the rivals in turn; a "
+                                     "ratio above 1 says that ours is better.")
     parser.add_argument("--only", default="", help=f"some of: {', '.join(COMPARISONS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round, few steps, PyTorch without torch.compile")
+    parser.add_argument("--match", default="", help="only programs with this argument, such as tiny or bf16")
     parser.add_argument("--slow", action="store_true", help="also what takes half an hour: training to a loss")
-    parser.add_argument("--write", metavar="FILE", help="replaces the tables of this kind of machine in a Markdown file")
+    parser.add_argument("--write", metavar="FILE", help="puts the tables into the section of this kind of machine")
     parser.add_argument("--needs", action="store_true", help=argparse.SUPPRESS)  # for ./run: packages, targets
     parser.add_argument("--programs", default="build/release", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names = [name for name in arguments.only.split(",") if name]
     if unknown := [name for name in names if name not in COMPARISONS]:
         stop(f"unknown comparison '{unknown[0]}'; known: {', '.join(COMPARISONS)}")
+    if arguments.match and arguments.write:
+        stop("--match measures parts of tables, which --write does not put together")
     if arguments.threads < 1 or arguments.rounds < 1:
         stop("--threads and --rounds must be at least 1")
     chosen = {n: c for n, c in COMPARISONS.items() if n in names or not names and (arguments.slow or not c.slow)}
@@ -300,12 +311,12 @@ def main():
         for what in ("packages", "targets"):
             print(*dict.fromkeys(item for c in chosen.values() for item in getattr(c, what)))
         return
-    title, limits = machine(arguments)
+    title, limits, peaks = machine(arguments)
     print(f"{title}, {limits}")
     failures = []
     for name, comparison in chosen.items():
         try:
-            table = compare(comparison, arguments, failures).markdown()
+            table = compare(comparison, arguments, peaks, failures).markdown()
         except RuntimeError as error:
             failures.append(str(error))
             say(f"{name} is left out: {error}")

@@ -130,7 +130,7 @@ def train_theirs(corpus, arguments, folder):
         last = step + 1 == arguments.steps
         if (step + 1) % 250 == 0 or last:
             curve.append((seconds, evaluate(training.model, valid, s, 0 if last else 16384)))
-            print(f"time_to_loss: step {step + 1}, {seconds:.0f} s, loss {curve[-1][1]:.4f}", file=sys.stderr, flush=True)
+            print(f"time_to_loss: step {step + 1}, {seconds:.0f} s, loss {curve[-1][1]:.4f}", file=sys.stderr)
     return curve
 
 
