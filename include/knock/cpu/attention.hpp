@@ -429,6 +429,11 @@ struct Attention {
     }
   }
 
+  /// Where strip s of `count` queries begins.
+  int64_t strip_begin(int64_t count, int64_t strips, int64_t s) const {
+    return strip_start(count, strips, s, kernels.multiple);
+  }
+
   /// Scores that a row loop takes: those of `own`, rounded up to whole vectors where the row of `size` scores, which
   /// begins at key `start`, has room. What is beyond is overwritten.
   static int64_t padded_row(Range own, int64_t start, int64_t size) {
@@ -506,6 +511,7 @@ template <class T, class P>
 void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, Packed<P> keys, const P* values,
                     const uint8_t* taken_out, Matrix<T> out, sum_t<P>* log_sum_exp) {
   using C = sum_t<P>;
+  const TileScope scope;
   constexpr int64_t key_tile = 256, unit = unit_size<P>;
   const Visible visible = a.visible(b);
   const bool masked = a.masked(visible);
@@ -522,7 +528,7 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
   const Range all = visible.keys_of(tile);
   for (int64_t start = all.begin / key_tile * key_tile; start < all.end; start += key_tile) {
     for (int64_t strip = 0; strip < strips; ++strip) {
-      const int64_t first = strip_start(count, strips, strip), rows = strip_start(count, strips, strip + 1) - first;
+      const int64_t first = a.strip_begin(count, strips, strip), rows = a.strip_begin(count, strips, strip + 1) - first;
       const Range queries{tile.begin + first, tile.begin + first + rows};
       const Range seen = visible.keys_of(queries).intersect({start, start + key_tile});
       if (seen.empty() || visible.apart(queries, seen)) continue;
@@ -576,6 +582,7 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
                              const sum_t<P>* log_sum_exp, Matrix<T> dq_out, sum_t<P>* dk, sum_t<P>* dv) {
   using C = sum_t<P>;
   using A = operand_t<P>;
+  const TileScope scope;
   constexpr int64_t key_tile = 128, query_tile = 112, unit = unit_size<P>;
   constexpr bool paired = unit > 1;
   const int64_t width = a.kernels.cols, strip_rows = a.kernels.rows, dc = a.depth_cols, vc = a.value_cols;
@@ -627,7 +634,8 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
     for (int64_t from = seeing.begin / unit * unit; from < seeing.end; from += query_tile) {
       const int64_t count = std::min(query_tile, seeing.end - from), strips = (count + strip_rows - 1) / strip_rows;
       for (int64_t strip = 0; strip < strips; ++strip) {
-        const int64_t first = strip_start(count, strips, strip), rows = strip_start(count, strips, strip + 1) - first;
+        const int64_t first = a.strip_begin(count, strips, strip),
+                      rows = a.strip_begin(count, strips, strip + 1) - first;
         const Range queries{from + first, from + first + rows};
         Range seen = visible.keys_of(queries).intersect({start, start + tile_keys});
         if (visible.apart(queries, seen)) seen.end = seen.begin;

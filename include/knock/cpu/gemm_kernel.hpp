@@ -8,6 +8,7 @@
 //   avx512    32 registers:  14 x 2 vectors of results + 2 of b + 1 broadcast   f32 14 x 32, f64 14 x 16
 //   avx2      16 registers:   6 x 2 vectors of results + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8
 //   portable  16 registers:   4 x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4
+//   amx       8 tiles:        2 x 2 tiles of results, 2 of a, 2 of b            bf16 32 x 32 (cpu/gemm_amx.hpp)
 //
 // bf16 comes in pairs of neighbours along K where the machine has dot products of pairs (vdpbf16ps: two products a lane
 // and step, added up in f32): the same 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
@@ -16,6 +17,7 @@
 // that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
 
 #include <knock/core/dtype.hpp>
+#include <knock/cpu/gemm_amx.hpp>
 #include <knock/cpu/isa.hpp>
 
 #include <cstdint>
@@ -65,12 +67,13 @@ template <class P>
 using MicroKernel = void (*)(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,
                              const MicroOutput<sum_t<P>>& to);
 
-inline constexpr int max_micro_rows = 14;
+inline constexpr int max_micro_rows = 32;
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows.
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to `rows`. Blocks of fewer rows may take as
+/// long as those of `multiple` more.
 template <class P>
 struct MicroKernels {
-  int64_t rows, cols;
+  int64_t rows, cols, multiple;
   MicroKernel<P> run[max_micro_rows];
 };
 
@@ -130,44 +133,50 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
 #define KNOCK_ADD_DOT_PRODUCT(acc, factor, b) \
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(std::bit_cast<int>(factor) - VectorOf<int, 64>::Type{}))
 
+// Row i, vector j of the results becomes alpha * acc + beta * addend.
+#define KNOCK_STORE_RESULT(acc, i, j)                                                                              \
+  {                                                                                                                \
+    typename Vector::Type value = to.alpha * (acc);                                                                \
+    if (to.beta != 0)                                                                                              \
+      value += to.beta *                                                                                           \
+               *reinterpret_cast<const typename Vector::Unaligned*>(to.addend + (i)*to.addend_stride + (j)*lanes); \
+    if (to.rounded) {                                                                                              \
+      if constexpr (std::is_same_v<sum_t<P>, float>)                                                               \
+        store_rounded<sizeof(value)>(value, to.rounded + (i)*to.out_stride + (j)*lanes);                           \
+    } else {                                                                                                       \
+      *reinterpret_cast<typename Vector::Unaligned*>(to.out + (i)*to.out_stride + (j)*lanes) = value;              \
+    }                                                                                                              \
+  }
+
 // One text, compiled once per instruction set.
-#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT)                                                           \
-  template <class P, int rows>                                                                                         \
-  target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,                   \
-                   const MicroOutput<sum_t<P>>& to) {                                                                  \
-    using Vector = VectorOf<sum_t<P>, bytes>;                                                                          \
-    constexpr int lanes = Vector::lanes;                                                                               \
-    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                      \
-      __builtin_prefetch(to.out + i * to.out_stride, 1);                                                               \
-      __builtin_prefetch(to.out + i * to.out_stride + lanes, 1);                                                       \
-    }                                                                                                                  \
-    typename Vector::Type acc[rows][2] = {};                                                                           \
-    for (int64_t p = 0; p < k; ++p) {                                                                                  \
-      const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);                        \
-      const typename Vector::Type b1 = *reinterpret_cast<const typename Vector::Unaligned*>(b + lanes);                \
-      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                    \
-        const P factor = a[i * a_row];                                                                                 \
-        ADD_PRODUCT(acc[i][0], factor, b0);                                                                            \
-        ADD_PRODUCT(acc[i][1], factor, b1);                                                                            \
-      }                                                                                                                \
-      a += a_step;                                                                                                     \
-      b += b_step;                                                                                                     \
-    }                                                                                                                  \
-    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                      \
-      KNOCK_UNROLL for (int j = 0; j < 2; ++j) {                                                                       \
-        typename Vector::Type value = to.alpha * acc[i][j];                                                            \
-        if (to.beta != 0)                                                                                              \
-          value += to.beta *                                                                                           \
-                   *reinterpret_cast<const typename Vector::Unaligned*>(to.addend + i * to.addend_stride + j * lanes); \
-        if constexpr (std::is_same_v<sum_t<P>, float>) {                                                               \
-          if (to.rounded) {                                                                                            \
-            store_rounded<bytes>(value, to.rounded + i * to.out_stride + j * lanes);                                   \
-            continue;                                                                                                  \
-          }                                                                                                            \
-        }                                                                                                              \
-        *reinterpret_cast<typename Vector::Unaligned*>(to.out + i * to.out_stride + j * lanes) = value;                \
-      }                                                                                                                \
-    }                                                                                                                  \
+#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT)                                            \
+  template <class P, int rows>                                                                          \
+  target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,    \
+                   const MicroOutput<sum_t<P>>& to) {                                                   \
+    using Vector = VectorOf<sum_t<P>, bytes>;                                                           \
+    constexpr int lanes = Vector::lanes;                                                                \
+    if (!to.rounded) {                                                                                  \
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                     \
+        __builtin_prefetch(to.out + i * to.out_stride, 1);                                              \
+        __builtin_prefetch(to.out + i * to.out_stride + lanes, 1);                                      \
+      }                                                                                                 \
+    }                                                                                                   \
+    typename Vector::Type acc[rows][2] = {};                                                            \
+    for (int64_t p = 0; p < k; ++p) {                                                                   \
+      const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);         \
+      const typename Vector::Type b1 = *reinterpret_cast<const typename Vector::Unaligned*>(b + lanes); \
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                     \
+        const P factor = a[i * a_row];                                                                  \
+        ADD_PRODUCT(acc[i][0], factor, b0);                                                             \
+        ADD_PRODUCT(acc[i][1], factor, b1);                                                             \
+      }                                                                                                 \
+      a += a_step;                                                                                      \
+      b += b_step;                                                                                      \
+    }                                                                                                   \
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                       \
+      KNOCK_STORE_RESULT(acc[i][0], i, 0)                                                               \
+      KNOCK_STORE_RESULT(acc[i][1], i, 1)                                                               \
+    }                                                                                                   \
   }
 
 KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT)
@@ -175,8 +184,23 @@ KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT)
 KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32, KNOCK_ADD_PRODUCT)
 KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT)
 KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT)
+
+/// The sums come from the matrix unit.
+template <class Tiles, int rows>
+KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, int64_t a_step, const Pair* b,
+                                     int64_t b_step, const MicroOutput<float>& to) {
+  using P = Pair;
+  using Vector = VectorOf<float, 64>;
+  constexpr int lanes = Vector::lanes;
+  alignas(64) float sums[max_micro_rows][2 * lanes];
+  tile_kernel<Tiles>(rows, k, a, a_row, a_step, b, b_step, sums[0]);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < 2; ++j)
+      KNOCK_STORE_RESULT(*reinterpret_cast<const typename Vector::Type*>(&sums[i][j * lanes]), i, j)
+}
 #endif
 #undef KNOCK_MICRO_KERNEL
+#undef KNOCK_STORE_RESULT
 #undef KNOCK_ADD_PRODUCT
 #undef KNOCK_ADD_DOT_PRODUCT
 #undef KNOCK_UNROLL
@@ -185,36 +209,46 @@ template <class T, int... i>
 const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
   constexpr int bytes = static_cast<int>(sizeof(T));
   static constexpr MicroKernels<T> portable{
-      4, 32 / bytes, {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...}};
+      4, 32 / bytes, 1, {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...}};
 #if KNOCK_X86
-  static constexpr MicroKernels<T> avx2{6, 64 / bytes, {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...}};
-  static constexpr MicroKernels<T> avx512{14, 128 / bytes, {micro_avx512<T, i + 1>...}};
+  static constexpr MicroKernels<T> avx2{6, 64 / bytes, 1, {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...}};
+  static constexpr MicroKernels<T> avx512{14, 128 / bytes, 1, {micro_avx512<T, i + 1>...}};
   if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
   return portable;
 }
 
-template <int... i>
-const MicroKernels<Pair>& pair_kernels(std::integer_sequence<int, i...>) {
 #if KNOCK_X86
-  static constexpr MicroKernels<Pair> avx512{14, 32, {micro_avx512_bf16<Pair, i + 1>...}};
-  return avx512;
-#else
-  fail("gemm", "no dot products of bf16 on this kind of machine");
-#endif
+/// The micro-kernels of a matrix unit.
+template <class Tiles, int... i>
+constexpr MicroKernels<Pair> tile_kernels(std::integer_sequence<int, i...>) {
+  return {32, 32, tile_size, {micro_tiles<Tiles, i + 1>...}};
 }
+
+template <int... i>
+constexpr MicroKernels<Pair> dot_product_kernels(std::integer_sequence<int, i...>) {
+  return {14, 32, 1, {micro_avx512_bf16<Pair, i + 1>...}};
+}
+#endif
 
 }  // namespace detail
 
 KNOCK_FUNC const MicroKernels<float>& micro_kernels_f32() {
-  return detail::kernels_of<float>(isa(), std::make_integer_sequence<int, max_micro_rows>());
+  return detail::kernels_of<float>(isa(), std::make_integer_sequence<int, 14>());
 }
 KNOCK_FUNC const MicroKernels<double>& micro_kernels_f64() {
-  return detail::kernels_of<double>(isa(), std::make_integer_sequence<int, max_micro_rows>());
+  return detail::kernels_of<double>(isa(), std::make_integer_sequence<int, 14>());
 }
 KNOCK_FUNC const MicroKernels<Pair>& micro_kernels_pair() {
-  return detail::pair_kernels(std::make_integer_sequence<int, max_micro_rows>());
+#if KNOCK_X86
+  static constexpr MicroKernels<Pair> dot_products = detail::dot_product_kernels(std::make_integer_sequence<int, 14>());
+  static constexpr MicroKernels<Pair> tiles =
+      detail::tile_kernels<detail::ProcessorTiles>(std::make_integer_sequence<int, 32>());
+  return isa() == Isa::amx ? tiles : dot_products;
+#else
+  fail("gemm", "no dot products of bf16 on this kind of machine");
+#endif
 }
 
 }  // namespace knock::cpu

@@ -278,8 +278,10 @@ void pack_columns(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P*
       to[u * width + j] = j < n ? unit_at<T, P>(b, u * unit, j, depth) : P();
 }
 
-/// Row tiles are split into strips of nearly equal height, at most `rows`: strip s starts here.
-inline int64_t strip_start(int64_t m, int64_t strips, int64_t s) { return m * s / strips; }
+/// m rows are split into strips of nearly equal height, all but the last a multiple of `multiple`: strip s starts here.
+inline int64_t strip_start(int64_t m, int64_t strips, int64_t s, int64_t multiple = 1) {
+  return std::min(m, (m + multiple - 1) / multiple * s / strips * multiple);
+}
 
 /// Whether rows this far apart meet in so few sets of the L1 cache that a strip of them drives the panel out.
 inline bool crowded(int64_t stride_bytes) { return stride_bytes % 2048 == 0; }
@@ -321,12 +323,14 @@ void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<P>& a, const
                     int64_t b_step, const MicroOutput<sum_t<P>>& to) {
   using C = sum_t<P>;
   const MicroKernels<P>& kernels = micro_kernels<P>();
+  const TileScope scope;
   const int64_t strips = (m + kernels.rows - 1) / kernels.rows;
   for (int64_t col = 0; col < n; col += kernels.cols) {
     const int64_t cols = std::min(kernels.cols, n - col);
     const P* const panel = b + col * panel_stride;
     for (int64_t s = 0; s < strips; ++s) {
-      const int64_t start = strip_start(m, strips, s), rows = strip_start(m, strips, s + 1) - start;
+      const int64_t start = strip_start(m, strips, s, kernels.multiple),
+                    rows = strip_start(m, strips, s + 1, kernels.multiple) - start;
       const P* const strip = a.data + start * a.row_stride;
       MicroOutput<C> part = to;
       if (to.beta != 0) part.addend += start * to.addend_stride + col;
