@@ -37,7 +37,8 @@ class Comparison:
     jobs: object  # (arguments, folder for files) -> jobs
     packages: tuple
     targets: tuple
-    threads: int = 0  # 0: as the command line says
+    threads: int = 0  # 0: as the command line says; so are rounds
+    rounds: int = 0
     slow: bool = False  # only when asked for
 
 
@@ -96,7 +97,6 @@ def inference(arguments, folder):
 
 
 def time_to_loss(arguments, folder):
-    arguments.rounds = 1
     for precision in ("f32", "bf16"):
         yield Job(["time_to_loss.py", "--program", os.path.join(arguments.programs, "examples/train_lm"), "--corpus",
                    novels(), "--precision", precision], {})
@@ -121,7 +121,8 @@ COMPARISONS = {
                             ("bench_inference", "export")),
     "time_to_loss": Comparison("Training to the same loss, ./run train's defaults", ("precision", "loss"),
                                ("to_loss_s", "train_s", "last_loss_nats"), time_to_loss,
-                               ("torch", "numpy", "tokenizers"), ("train_lm", "extract_novels"), slow=True),
+                               ("torch", "numpy", "tokenizers"), ("train_lm", "extract_novels"), rounds=1,
+                               slow=True),
 }
 
 
@@ -222,8 +223,8 @@ def number(value):
 
 def compare(comparison, arguments, peaks, failures):
     results = Results(comparison, peaks)
-    if comparison.threads:
-        arguments = argparse.Namespace(**{**vars(arguments), "threads": comparison.threads})
+    arguments = argparse.Namespace(**{**vars(arguments), "threads": comparison.threads or arguments.threads,
+                                      "rounds": comparison.rounds or arguments.rounds})
     with tempfile.TemporaryDirectory() as folder:
         for job in comparison.jobs(arguments, folder):
             if arguments.match and arguments.match not in job.ours:
