@@ -238,16 +238,20 @@ void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> 
   });
 }
 
-/// Whether n elements hold neither NaN nor an infinity.
-template <class C, class T>
-bool all_finite(const T* x, int64_t n, int64_t step) {
+/// Whether the elements of x (rows, n) are neither NaN nor infinite.
+template <class T>
+bool all_finite(Matrix<const T> x, int64_t rows, int64_t n) {
+  using C = compute_t<T>;
   C lanes[16] = {}, sum = 0;  // of zeros, or NaN
-  int64_t j = 0;
-  for (; step == 1 && j + 16 <= n; j += 16) {
-    KNOCK_SIMD
-    for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(x[j + lane]) * C(0);
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* const row = x.data + i * x.row_stride;
+    int64_t j = 0;
+    for (; x.col_stride == 1 && j + 16 <= n; j += 16) {
+      KNOCK_SIMD
+      for (int64_t lane = 0; lane < 16; ++lane) lanes[lane] += static_cast<C>(row[j + lane]) * C(0);
+    }
+    for (; j < n; ++j) sum += static_cast<C>(row[j * x.col_stride]) * C(0);
   }
-  for (; j < n; ++j) sum += static_cast<C>(x[j * step]) * C(0);
   for (const C lane : lanes) sum += lane;
   return sum == 0;
 }
@@ -255,11 +259,10 @@ bool all_finite(const T* x, int64_t n, int64_t step) {
 /// marks[i] = whether row i of x (rows, n) holds NaN or an infinity.
 template <class T>
 void mark_not_finite(Matrix<const T> x, int64_t rows, int64_t n, uint8_t* marks) {
-  using C = compute_t<T>;
   vectorized([&] {
     std::fill(marks, marks + rows, uint8_t{0});
-    if (x.col_stride == 1 && x.row_stride == n && all_finite<C>(x.data, rows * n, 1)) return;
-    for (int64_t i = 0; i < rows; ++i) marks[i] = !all_finite<C>(x.data + i * x.row_stride, n, x.col_stride);
+    if (all_finite(x, rows, n)) return;
+    for (int64_t i = 0; i < rows; ++i) marks[i] = !all_finite(x.block(i, 0), 1, n);
   });
 }
 
