@@ -252,6 +252,22 @@ TEST_CASE("few rows: a query's output does not depend on how many come with it")
   }
 }
 
+TEST_CASE("few rows: f32 weights beside bf16 activations") {
+  manual_seed(19);
+  const NoGradGuard no_grad;
+  on_every_isa([] {
+    for (const int64_t rows : {1, 3, 16}) {
+      const Tensor x = randn({rows, 70}).to(DType::bf16), w = randn({33, 70}), bias = randn({33});
+      const Tensor expected = product_by_sums(x, w.t()) + bias.to(DType::f64);
+      CHECK(linear(x, w, bias).dtype() == DType::bf16);
+      CHECK(test::distance(linear(x, w, bias), expected.to(DType::bf16)) < 1e-2);
+      Experts e(rows, 40, 24, 6, 2, DType::bf16);
+      for (Tensor* weight : {&e.gate, &e.up, &e.down}) *weight = weight->to(DType::f32);
+      CHECK(test::distance(e.fused(), e.exact().to(DType::bf16)) < tolerance(DType::bf16));
+    }
+  });
+}
+
 TEST_CASE("few rows: experts of few tokens equal the composite") {
   manual_seed(18);
   const NoGradGuard no_grad;

@@ -137,9 +137,14 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   });
 }
 
-/// Products of few rows; false, and nothing done, where there are many or the dtypes differ.
+inline bool gemm_few_wide_rows(double alpha, const Array& a, const Array& b, double beta, const Array& c,
+                               const Array& out);
+
+/// Products of few rows; false, and nothing done, where there are many or the dtypes differ (but f32 beside bf16).
 inline bool gemm_few_rows(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out,
                           int64_t batch) {
+  if (a.dtype == DType::bf16 && b.dtype == DType::f32 && batch == 1)
+    return gemm_few_wide_rows(alpha, a, b, beta, c, out);
   if (a.dtype != out.dtype || b.dtype != out.dtype || c.dtype != out.dtype) return false;
   const int64_t rank = out.rank(), m = out.shape[rank - 2], n = out.shape[rank - 1], k = a.shape[rank - 1];
   return dispatch_float(out.dtype, "gemm", [&]<class T>(Type<T>) {
@@ -148,6 +153,34 @@ inline bool gemm_few_rows(double alpha, const Array& a, const Array& b, double b
           static_cast<compute_t<T>>(beta), batch_matrix(c, i).as<const T>(), batch_matrix(out, i).as<T>());
     });
   });
+}
+
+/// The same for bf16 a beside f32 b: the few rows of a and of the result are widened, b is read as it lies.
+inline bool gemm_few_wide_rows(double alpha, const Array& a, const Array& b, double beta, const Array& c,
+                               const Array& out) {
+  const int64_t rank = out.rank(), m = out.shape[rank - 2], n = out.shape[rank - 1], k = a.shape[rank - 1];
+  if (m > thin_rows) return false;
+  const Scratch<float> wide(m * (k + n));
+  const Array rows{wide.data(), DType::f32, {m, k}, {k, 1}}, sums{wide.data() + m * k, DType::f32, {m, n}, {n, 1}};
+  const Matrix<const bf16> from = batch_matrix(a, 0).as<const bf16>();
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t p = 0; p < k; ++p) wide.data()[i * k + p] = static_cast<float>(from(i, p));
+  const int64_t axis = b.rank() - 2;
+  const Array matrix{b.data, b.dtype, {k, n}, {b.strides[axis], b.strides[axis + 1]}};
+  if (!gemm_few_rows(alpha, rows, matrix, 0, sums, sums, 1)) return false;
+  dispatch_float(out.dtype, "gemm", [&]<class T>(Type<T>) {
+    dispatch_float(c.dtype, "gemm", [&]<class A>(Type<A>) {
+      const Matrix<T> to = batch_matrix(out, 0).as<T>();
+      const Matrix<const A> addend = batch_matrix(c, 0).as<const A>();
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t j = 0; j < n; ++j) {
+          const float sum = sums.as<float>()[i * n + j];
+          to(i, j) =
+              static_cast<T>(beta != 0 ? sum + static_cast<float>(beta) * static_cast<float>(addend(i, j)) : sum);
+        }
+    });
+  });
+  return true;
 }
 
 /// Calls `body(Type<P>{})` for a product of a and b.

@@ -72,14 +72,15 @@ class ThinRows {
   Storage storage_;
 };
 
-template <class T>
+/// T is the type of x, W that of the experts' weights.
+template <class T, class W>
 void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidden, T* out) {
   using C = compute_t<T>;
   const int64_t tokens = in.x.shape[0], c = in.x.shape[1], k = in.weights.shape[1], slots = tokens * k;
   const int64_t f = in.gate.shape[1], sorted_rows = groups.back().end;
   const int64_t* order = in.order.as<int64_t>();
   const T *x = in.x.as<T>(), *weights = in.weights.as<T>();
-  const ThinRows<T> x_rows(sorted_rows, c), activation(sorted_rows, f);
+  const ThinRows<W> x_rows(sorted_rows, c), activation(sorted_rows, f);
   std::vector<int64_t> place(static_cast<std::size_t>(slots), -1);  // of each slot in the sorted list, -1: dropped
   for (int64_t row = 0; row < sorted_rows; ++row) {
     place[static_cast<std::size_t>(order[row])] = row;
@@ -98,12 +99,12 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
       body(groups[static_cast<std::size_t>(task / blocks)], begin, std::min(count, begin + cols));
     });
   };
-  constexpr auto bytes = static_cast<int64_t>(sizeof(T));
+  constexpr auto bytes = static_cast<int64_t>(sizeof(W));
   for_blocks(f, 2 * c * bytes, [&](const ThinGroup& group, int64_t begin, int64_t end) {
     const int64_t rows = group.end - group.begin;
     T* const own = hidden + group.begin * 2 * f;
     const auto project = [&](const Array& weight, T* to) {
-      const Matrix<const T> w{weight.as<T>() + group.expert * f * c, 1, c};  // (C, F)
+      const Matrix<const W> w{weight.as<W>() + group.expert * f * c, 1, c};  // (C, F)
       thin_dots(rows, c, x_rows.from(group.begin), w, begin, end,
                 [&](int64_t i, int64_t j, C sum) { to[i * 2 * f + j] = static_cast<T>(sum); });
     };
@@ -125,7 +126,7 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
 
   const Scratch<C> sorted(sorted_rows * c);  // weighted outputs
   for_blocks(c, f * bytes, [&](const ThinGroup& group, int64_t begin, int64_t end) {
-    const Matrix<const T> w{in.down.as<T>() + group.expert * f * c, 1, f};  // (F, C)
+    const Matrix<const W> w{in.down.as<W>() + group.expert * f * c, 1, f};  // (F, C)
     C* const own = sorted.data() + group.begin * c;
     thin_dots(group.end - group.begin, f, activation.from(group.begin), w, begin, end,
               [&](int64_t i, int64_t j, C sum) { own[i * c + j] = sum; });
@@ -149,11 +150,16 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
 KNOCK_FUNC bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, const Array& out) {
   // Beyond, packing pays: later in f32, where reading twice what is packed takes longer, than with dot products of
   // bf16.
-  const int64_t most = in.x.dtype == DType::bf16 && thin_kernels<bf16>().narrow ? 8 : 96;
-  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0], most);
-  if (groups.empty() || in.gate.dtype != in.x.dtype) return false;
-  dispatch_float(in.x.dtype, "moe_experts",
-                 [&]<class T>(Type<T>) { detail::moe_thin<T>(in, groups, out_hidden.as<T>(), out.as<T>()); });
+  const bool pairs = in.x.dtype == DType::bf16 && thin_kernels<bf16>().narrow;
+  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0], pairs ? 8 : 96);
+  if (groups.empty()) return false;
+  dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
+    if (in.gate.dtype == in.x.dtype) {
+      detail::moe_thin<T, T>(in, groups, out_hidden.as<T>(), out.as<T>());
+    } else if constexpr (std::is_same_v<T, bf16>) {
+      detail::moe_thin<T, float>(in, groups, out_hidden.as<T>(), out.as<T>());
+    }
+  });
   return true;
 }
 
