@@ -113,6 +113,25 @@ TEST_CASE("moe: fused experts equal the composite, value and gradients") {
   }
 }
 
+TEST_CASE("moe: f32 experts beside bf16 tokens are rounded as they are read, their gradients stay f32") {
+  const Operands o(300, 3, 6, 33, 17, DType::bf16, false);
+  Tensors wide;
+  for (const Tensor& matrix : {o.gate, o.up, o.down})
+    wide.push_back(matrix.detach().to(DType::f32).requires_grad_());  // the same numbers
+  const Tensor narrow_y = moe_experts(o.x, o.indices, o.weights, o.gate, o.up, o.down);
+  const Tensor y = moe_experts(o.x, o.indices, o.weights, wide[0], wide[1], wide[2]);
+  CHECK(test::same_bits(y, narrow_y));
+  const Tensor dy = randn_like(y);
+  const Tensors got = autograd::grad({y}, {o.x, o.weights, wide[0], wide[1], wide[2]}, {.upstream = {dy}});
+  const Tensors want = autograd::grad({narrow_y}, o.floats(), {.upstream = {dy}});
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    CHECK(got[i].dtype() == (i < 2 ? DType::bf16 : DType::f32));
+    CHECK(test::same_bits(got[i].to(DType::bf16), want[i]));
+  }
+  CHECK_THROWS_WITH_AS(moe_experts(o.x, o.indices, o.weights, wide[0], o.up, wide[2]),
+                       doctest::Contains("dtypes differ"), Error);
+}
+
 TEST_CASE("moe: gradcheck, and an expert without tokens has gradient zero") {
   for (const bool drops : {false, true}) {
     const Operands operands(6, 2, 4, 3, 5, DType::f64, drops);

@@ -222,3 +222,43 @@ TEST_CASE("matmul: errors") {
   CHECK(test::contains(error([] { linear(zeros({2, 3}), zeros({4, 3}), zeros({3})); }), "[linear] bias (3,) f32 cpu"));
   CHECK(test::contains(error([] { addmm(zeros({5}), zeros({2, 3}), zeros({3, 4})); }), "[addmm]"));
 }
+
+TEST_CASE("linear: f32 weights beside bf16 activations are rounded as they are read, their gradients stay f32") {
+  manual_seed(12);
+  const cpu::Isa before = cpu::isa();
+  for (const cpu::Isa isa : cpu::all_isas) {
+    if (isa > cpu::machine_isa()) continue;
+    cpu::set_isa(isa);
+    for (const auto& [tokens, in, out] : {std::array<int64_t, 3>{200, 65, 33}, {1, 8, 8}, {40, 700, 90}, {5, 3, 1}}) {
+      INFO(text(isa, " ", tokens, " ", in, " ", out));
+      const Tensor x = small_integers({2, tokens, in}, DType::bf16).requires_grad_();
+      const Tensor w = small_integers({out, in}, DType::f32).requires_grad_();
+      const Tensor bias = small_integers({out}, DType::f32).requires_grad_();
+      const Tensor narrow_w = w.detach().to(DType::bf16).requires_grad_();
+      const Tensor y = linear(x, w, bias), expected = linear(x, narrow_w, bias.to(DType::bf16));
+      CHECK(y.dtype() == DType::bf16);
+      CHECK(test::same_bits(y, expected));
+      const Tensor upstream = small_integers(y.shape(), DType::bf16);
+      const Tensors got = autograd::grad({y}, {x, w, bias}, {.upstream = {upstream}});
+      const Tensors want = autograd::grad({expected}, {x, narrow_w}, {.upstream = {upstream}});
+      CHECK(test::same_bits(got[0], want[0]));
+      CHECK(got[1].dtype() == DType::f32);
+      const Tensor rows = x.detach().reshape({-1, in}), dy = upstream.reshape({-1, out});
+      CHECK(test::distance(got[1], oracle(dy.t(), rows)) == 0);  // exact: not rounded to bf16
+      CHECK(got[2].dtype() == DType::f32);
+    }
+  }
+  cpu::set_isa(before);
+  const Tensor wide = randn({3, 4}), narrow = randn({2, 4}).to(DType::bf16);
+  CHECK_THROWS_WITH_AS(linear(wide, narrow), doctest::Contains("dtypes differ"), Error);
+}
+
+TEST_CASE("linear: mixed dtypes can be differentiated twice") {
+  manual_seed(13);
+  const Tensor x = small_integers({3, 4}, DType::bf16).requires_grad_(),
+               w = small_integers({2, 4}, DType::f32).requires_grad_();
+  const Tensor y = linear(x, w), dx = autograd::grad({sum(y * y)}, {x}, {.create_graph = true})[0];  // 2 x w^T w
+  CHECK(dx.dtype() == DType::bf16);
+  const Tensor ddx = autograd::grad({sum(dx)}, {x})[0], fixed = w.detach();
+  CHECK(test::distance(ddx, matmul(matmul(ones({3, 4}), fixed.t()), fixed) * 2) < 0x1p-6);
+}
