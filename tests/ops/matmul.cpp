@@ -229,7 +229,8 @@ TEST_CASE("linear: f32 weights beside bf16 activations are rounded as they are r
   for (const cpu::Isa isa : cpu::all_isas) {
     if (isa > cpu::machine_isa()) continue;
     cpu::set_isa(isa);
-    for (const auto& [tokens, in, out] : {std::array<int64_t, 3>{200, 65, 33}, {1, 8, 8}, {40, 700, 90}, {5, 3, 1}}) {
+    for (const auto& extents : {std::array<int64_t, 3>{200, 65, 33}, {1, 8, 8}, {40, 700, 90}, {5, 3, 1}}) {
+      const int64_t tokens = extents[0], in = extents[1], out = extents[2];
       INFO(text(isa, " ", tokens, " ", in, " ", out));
       const Tensor x = small_integers({2, tokens, in}, DType::bf16).requires_grad_();
       const Tensor w = small_integers({out, in}, DType::f32).requires_grad_();
