@@ -1,19 +1,16 @@
 #pragma once
-// A record of what ran: every call of a kernel, how long it took, how much it
-// moved and computed.
+// A record of what ran: every call of a kernel, how long it took, how much it moved and computed.
 //
 //   trace::start();
 //   loss.backward();
 //   trace::write_chrome(trace::stop(), "trace.json");   // io/trace.hpp; opens
 //   in chrome://tracing and Perfetto
 //
-// Ops reach kernels through `kernel(&Backend::name, "op", x)` (core/tensor.hpp)
-// alone, which gives a `Call`. While nothing is recorded that is one load and
-// one branch more than the call itself.
+// Ops reach kernels through `kernel(&Backend::name, "op", x)` (core/tensor.hpp) alone, which gives a `Call`. While
+// nothing is recorded that is one load and one branch more than the call itself.
 //
-// Bytes are what the kernel must read and write: each element of an array once,
-// however often a broadcast axis repeats it, and twice where it is updated in
-// place. FLOPs are those of products (2 m n k), of the scores that attention's
+// Bytes are what the kernel must read and write: each element of an array once, however often a broadcast axis repeats
+// it, and twice where it is updated in place. FLOPs are those of products (2 m n k), of the scores that attention's
 // mask leaves, and of the experts' chosen slots; pointwise work counts none.
 
 #include <knock/core/backend.hpp>
@@ -45,11 +42,9 @@ inline thread_local bool in_backward = false;
 /// Whether calls are being recorded.
 inline bool is_active() { return detail::active.load(std::memory_order_relaxed); }
 
-/// Begins to record the calls of all threads. Error when a trace is being
-/// recorded already.
+/// Begins to record the calls of all threads. Error when a trace is being recorded already.
 void start();
-/// Ends the recording: its events, in the order in which they ended. Error when
-/// nothing is being recorded.
+/// Ends the recording: its events, in the order in which they ended. Error when nothing is being recorded.
 std::vector<Event> stop();
 
 /// Kernels that this thread calls in this scope belong to backward.

@@ -1,7 +1,7 @@
 #pragma once
 // A trace as a file that chrome://tracing and https://ui.perfetto.dev open:
-// Chrome's trace event format, one complete event ("ph": "X") for each call of
-// a kernel and each span, times in microseconds.
+// Chrome's trace event format, one complete event ("ph": "X") for each call of a kernel and each span, times in
+// microseconds.
 
 #include <knock/core/trace.hpp>
 
