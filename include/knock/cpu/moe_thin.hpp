@@ -137,8 +137,9 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
       std::fill(sum, sum + c, C(0));
       for (int64_t slot = n * k; slot < (n + 1) * k; ++slot) {
         const int64_t row = place[static_cast<std::size_t>(slot)];
+        const int64_t cols = row < 0 ? 0 : c;  // a dropped slot has no row
         KNOCK_SIMD
-        for (int64_t j = 0; j < (row < 0 ? 0 : c); ++j) sum[j] += sorted.data()[row * c + j];
+        for (int64_t j = 0; j < cols; ++j) sum[j] += sorted.data()[row * c + j];
       }
       for (int64_t j = 0; j < c; ++j) out[n * c + j] = static_cast<T>(sum[j]);
     }

@@ -461,13 +461,14 @@ struct Softplus : UnaryOp<floats, input> {
 
 /// x tanh(softplus(x)) (Misra, arXiv 1908.08681)
 struct Mish : UnaryOp<floats, input> {
-  // tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); written with e^-|x| against overflow
+  // tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2); written with e^-|x| against overflow, and with fused steps
+  // named so that every loop, vectors or not, rounds alike
   template <class T>
   KNOCK_HD static T gate(T x) {
     const T e = math::exp_down(-std::fabs(x));
     const T n = x > 0 ? 1 + 2 * e : e * (e + 2);
-    const T two = x > 0 ? 2 * e * e : T(2);
-    return n / (n + two);
+    const T sum = x > 0 ? math::multiply_add(2 * e, e, n) : math::multiply_add(e, e + 2, T(2));
+    return n / sum;
   }
   template <class T>
   KNOCK_HD static T f(T x, Params<T>) {
