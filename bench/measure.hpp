@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <fstream>
 #include <initializer_list>
 #include <map>
@@ -249,6 +250,12 @@ class Options {
   bool json = false;
 
   Options(int argc, char** argv, std::initializer_list<std::string_view> keys = {}) {
+    try {
+      knock::cpu::isa();  // reads KNOCK_ISA
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
+      std::exit(1);
+    }
     for (int i = 1; i < argc; ++i) {
       const std::string_view word = argv[i], key = word.substr(std::min<std::size_t>(2, word.size()));
       const bool known = key == "threads" || std::find(keys.begin(), keys.end(), key) != keys.end();
