@@ -10,6 +10,8 @@
 #include <knock/core/philox.hpp>
 #include <knock/core/shape.hpp>
 
+#include <span>
+
 namespace knock {
 
 /// What a kernel sees of a tensor. Strides are in elements; a broadcast axis has stride 0, a flipped one a negative
@@ -98,6 +100,19 @@ struct MoeGradients {
   Array x, weights, gate, up, down;
 };
 
+/// A router's scores: sigmoid(logit), or a row's softmax.
+enum class Router : uint8_t { sigmoid, softmax };
+
+/// How a token's experts and their weights follow from its logits (ops/moe.hpp).
+struct RouteOptions {
+  int64_t top_k = 1;  ///< experts a token goes to
+  Router scores = Router::sigmoid;
+  bool norm_topk_prob = true;        ///< the weights of a token sum to one (before scaling)
+  double routed_scaling_factor = 1;  ///< times every weight
+  int64_t n_group = 1;               ///< groups of neighbouring experts
+  int64_t topk_group = 1;            ///< groups a token may choose from
+};
+
 /// Which scores of attention there are: query i stands at key i + shift and sees the keys up to there (`causal`) and
 /// less than `window` (0: any number) places away.
 struct AttentionScores {
@@ -169,6 +184,8 @@ struct Backend {
   /// out = alpha a b + beta c, floating dtypes. a (..., M, K), b (..., K, N), out (..., M, N) dense; c as out, and not
   /// read when beta is 0; it may be out itself.
   void (*gemm)(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) = nullptr;
+  /// out[i] = a b[i], as gemm makes each: a (M, K), b[i] (K, N_i), out[i] (M, N_i) dense.
+  void (*gemm_many)(const Array& a, std::span<const Array> b, std::span<const Array> out) = nullptr;
 
   /// Rotates the pairs of features of every row. x and out (..., T, D); positions (T), or (B, T) where B is x's first
   /// axis.
@@ -234,6 +251,11 @@ struct Backend {
   // Mixture of experts; all arrays dense
   /// indices (N, k) i64 -> slots n * k + j in a stable order by expert (-1: left out); E + 1 places where they begin.
   void (*moe_sort)(const Array& indices, const Array& out_order, const Array& out_offsets) = nullptr;
+  /// logits (N, E) and bias (E, or undefined), f32 or f64 -> indices (N, k) i64 and weights (N, k).
+  void (*router)(const RouteOptions& options, const Array& logits, const Array& bias, const Array& out_indices,
+                 const Array& out_weights) = nullptr;
+  void (*router_backward)(const RouteOptions& options, const Array& logits, const Array& indices, const Array& dweights,
+                          const Array& out_dlogits) = nullptr;
   /// hidden (N k, 2F): gate and up products of the sorted slots, kept for backward.
   void (*moe_forward)(const MoeInputs& in, const Array& out_hidden, const Array& out) = nullptr;
   void (*moe_backward)(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) = nullptr;
@@ -247,7 +269,8 @@ struct Backend {
   X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(layer_norm) \
   X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) X(nll_loss_backward) X(swiglu) \
-  X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(moe_forward) X(moe_backward)
+  X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) X(router_backward) X(moe_forward) \
+  X(moe_backward) X(gemm_many)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

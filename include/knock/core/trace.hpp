@@ -80,6 +80,7 @@ struct Work {
   std::string shapes;
 
   void add(const Array& array);
+  void add(std::span<const Array> arrays);
   void add(const MoeInputs& in);
   void add(const MoeGradients& out);
   template <class Other>
@@ -93,6 +94,7 @@ double attention_pairs(const AttentionScores& scores, const Array& q, const Arra
 template <class... Args>
 void refine(Work&, const Args&...) {}
 void refine(Work& work, double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out);
+void refine(Work& work, const Array& a, const std::span<const Array>& b, const std::span<const Array>& out);
 void refine(Work& work, const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
             const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp);
 void refine(Work& work, const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
@@ -210,6 +212,10 @@ KNOCK_FUNC void Work::add(const Array& array) {
   shapes += text(shapes.empty() ? "" : " ", array.shape, " ", array.dtype);
 }
 
+KNOCK_FUNC void Work::add(std::span<const Array> arrays) {
+  for (const Array& array : arrays) add(array);
+}
+
 KNOCK_FUNC void Work::add(const MoeInputs& in) {
   for (const Array* array : {&in.x, &in.order, &in.offsets, &in.weights, &in.gate, &in.up, &in.down}) add(*array);
 }
@@ -222,6 +228,11 @@ KNOCK_FUNC void refine(Work& work, double, const Array& a, const Array&, double 
                        const Array& out) {
   work.flop = 2 * static_cast<double>(out.numel()) * static_cast<double>(a.shape.back());
   if (beta == 0) work.bytes -= bytes_of(c);  // not read
+}
+
+KNOCK_FUNC void refine(Work& work, const Array& a, const std::span<const Array>&, const std::span<const Array>& out) {
+  for (const Array& part : out)
+    work.flop += 2 * static_cast<double>(part.numel()) * static_cast<double>(a.shape.back());
 }
 
 /// Pairs of a query and a key that it sees, over all batches and heads.

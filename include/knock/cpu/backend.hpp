@@ -8,6 +8,7 @@
 #include <knock/cpu/copy.hpp>
 #include <knock/cpu/dropout.hpp>
 #include <knock/cpu/gemm.hpp>
+#include <knock/cpu/gemm_many.hpp>
 #include <knock/cpu/index.hpp>
 #include <knock/cpu/loss.hpp>
 #include <knock/cpu/mlp.hpp>
@@ -18,6 +19,7 @@
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
 #include <knock/cpu/rope.hpp>
+#include <knock/cpu/router.hpp>
 #include <knock/cpu/scan.hpp>
 #include <knock/cpu/softmax.hpp>
 #include <knock/cpu/sort.hpp>

@@ -119,10 +119,22 @@ void select_small(const T* x, int64_t n, int64_t step, bool descending, int64_t 
   }
 }
 
+/// The k first entries of a row in order, ahead of what else may be left in `entries`.
+template <class T>
+void first_entries(const T* x, int64_t n, int64_t step, bool descending, int64_t k, std::vector<Entry<T>>& entries,
+                   std::vector<Entry<T>>& scratch) {
+  constexpr int64_t insertion_limit = 64, radix_limit = 2048;
+  if (k <= insertion_limit && (k < n || n <= 16)) return select_small(x, n, step, descending, k, entries);
+  entries.resize(static_cast<std::size_t>(n));
+  for (int64_t i = 0; i < n; ++i) entries[static_cast<std::size_t>(i)] = make_entry(x[i * step], i, descending);
+  if (k == n && n >= radix_limit) return radix_sort(entries, scratch);
+  if (k < n) std::nth_element(entries.begin(), entries.begin() + k, entries.end());
+  std::sort(entries.begin(), entries.begin() + k);
+}
+
 /// Sorts every row of x, or finds its k first elements, k being the length of the outputs' rows.
 template <class T>
 void sort_rows(bool descending, const Array& x, const Array& out_values, const Array& out_indices) {
-  constexpr int64_t insertion_limit = 64, radix_limit = 2048;
   const Rows<T> rows(x), values(out_values);
   const Rows<int64_t> indices(out_indices);
   const int64_t n = rows.length(), k = values.length();
@@ -132,19 +144,7 @@ void sort_rows(bool descending, const Array& x, const Array& out_values, const A
     std::vector<Entry<T>> entries, scratch;
     for (int64_t row = begin; row < end; ++row) {
       const T* from = rows.stored(row);
-      if (k <= insertion_limit && (k < n || n <= 16)) {
-        select_small(from, n, rows.step(), descending, k, entries);
-      } else {
-        entries.resize(static_cast<std::size_t>(n));
-        for (int64_t i = 0; i < n; ++i)
-          entries[static_cast<std::size_t>(i)] = make_entry(from[i * rows.step()], i, descending);
-        if (k == n && n >= radix_limit) {
-          radix_sort(entries, scratch);
-        } else {
-          if (k < n) std::nth_element(entries.begin(), entries.begin() + k, entries.end());
-          std::sort(entries.begin(), entries.begin() + k);
-        }
-      }
+      first_entries(from, n, rows.step(), descending, k, entries, scratch);
       store_entries(entries, k, from, rows.step(), values.stored(row), values.step(), indices.stored(row),
                     indices.step());
     }
