@@ -208,11 +208,19 @@ struct Backend {
   /// softmax, or its logarithm
   void (*softmax)(bool logarithm, const Array& x, const Array& out) = nullptr;
   void (*softmax_backward)(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) = nullptr;
-  /// stats (rows): 1 / sqrt(mean(x^2) + eps)
-  void (*rms_norm)(const Array& x, const Array& weight, double eps, const Array& out_y,
-                   const Array& out_stats) = nullptr;
+  /// y = s / sqrt(mean(s^2) + eps) weight; stats (rows): 1 / sqrt(...). s is x, or with `addend` the sum of both in x's
+  /// dtype, which out_sum keeps.
+  void (*rms_norm)(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+                   const Array& out_y, const Array& out_stats) = nullptr;
+  /// `addend` is added to dx.
   void (*rms_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                            const Array& out_dx, const Array& out_dweight) = nullptr;
+                            const Array& addend, const Array& out_dx, const Array& out_dweight) = nullptr;
+  /// y = rope(rms_norm(x)) without a rounding between them; x, positions and y as rope's, stats (rows) as rms_norm's.
+  void (*norm_rope)(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
+                    bool interleaved, const Array& out_y, const Array& out_stats) = nullptr;
+  void (*norm_rope_backward)(const Array& x, const Array& weight, const Array& stats, const Array& positions,
+                             double theta, bool interleaved, const Array& dy, const Array& out_dx,
+                             const Array& out_dweight) = nullptr;
   /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                      const Array& out_stats) = nullptr;
@@ -267,10 +275,10 @@ struct Backend {
   X(fill) X(copy) X(arange) X(random) X(unary) X(unary_backward) X(binary) X(binary_scalar) X(where) X(lerp) \
   X(reduce) X(arg_reduce) X(scan) X(recurrence) X(sort) X(topk) X(multinomial) X(gather) X(scatter) \
   X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
-  X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(layer_norm) \
-  X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) X(nll_loss_backward) X(swiglu) \
-  X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) X(router_backward) X(moe_forward) \
-  X(moe_backward) X(gemm_many)
+  X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
+  X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
+  X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) \
+  X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

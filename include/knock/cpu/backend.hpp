@@ -15,6 +15,7 @@
 #include <knock/cpu/moe.hpp>
 #include <knock/cpu/multinomial.hpp>
 #include <knock/cpu/norm.hpp>
+#include <knock/cpu/norm_rope.hpp>
 #include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>

@@ -6,9 +6,10 @@
 
 namespace knock::cpu {
 
-void rms_norm(const Array& x, const Array& weight, double eps, const Array& out_y, const Array& out_stats);
-void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& out_dx,
-                       const Array& out_dweight);
+void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+              const Array& out_y, const Array& out_stats);
+void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
+                       const Array& out_dx, const Array& out_dweight);
 void layer_norm(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                 const Array& out_stats);
 void layer_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& out_dx,
@@ -18,7 +19,9 @@ void layer_norm_backward(const Array& x, const Array& weight, const Array& stats
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_NORM)
 #include <knock/core/storage.hpp>
+#include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/row.hpp>
+#include <knock/ops/pointwise_functors.hpp>
 
 #include <cmath>
 
@@ -165,16 +168,20 @@ void norm_backward(const Array& x, const Array& weight, const Array& stats, cons
 
 }  // namespace detail
 
-KNOCK_FUNC void rms_norm(const Array& x, const Array& weight, double eps, const Array& out_y, const Array& out_stats) {
-  dispatch_float(x.dtype, "rms_norm",
-                 [&]<class T>(Type<T>) { detail::norm<T>(x, weight, {}, false, eps, out_y, out_stats); });
+KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+                         const Array& out_y, const Array& out_stats) {
+  if (addend.defined()) binary(Binary::add, {}, x, addend, out_sum);
+  dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
+    detail::norm<T>(addend.defined() ? out_sum : x, weight, {}, false, eps, out_y, out_stats);
+  });
 }
 
 KNOCK_FUNC void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                                  const Array& out_dx, const Array& out_dweight) {
+                                  const Array& addend, const Array& out_dx, const Array& out_dweight) {
   dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
     detail::norm_backward<T>(x, weight, stats, dy, false, out_dx, out_dweight, {});
   });
+  if (addend.defined()) binary(Binary::add, {}, out_dx, addend, out_dx);
 }
 
 KNOCK_FUNC void layer_norm(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,

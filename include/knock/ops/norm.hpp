@@ -76,8 +76,8 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Shape rows = x.shape();
   rows.erase(rows.rank() - 1);
   const Tensor stats = empty(rows, {compute_dtype(x.dtype()), x.device()});
-  kernel(&Backend::rms_norm, "rms_norm", x)(x.array(), detail::array_or_none(detail::norm_parameter(weight, x)), eps,
-                                            y.array(), stats.array());
+  kernel(&Backend::rms_norm, "rms_norm", x)(x.array(), {}, detail::array_or_none(detail::norm_parameter(weight, x)),
+                                            eps, {}, y.array(), stats.array());
   const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), stats,
                          eps](const autograd::Upstream& up) -> Tensors {
     const Tensor in = x.get(up), w = weight.get(up);
@@ -88,7 +88,7 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     const Tensor dw = detail::room_for(up.needs(1), in, {in.shape().back()}, stats.dtype());
     const Tensor scale = detail::norm_parameter(w, in);
     kernel(&Backend::rms_norm_backward, "rms_norm", in)(in.array(), detail::array_or_none(scale), stats.array(),
-                                                        dy.array(), detail::array_or_none(dx),
+                                                        dy.array(), {}, detail::array_or_none(dx),
                                                         detail::array_or_none(dw));
     return {dx, detail::in_dtype(dw, w)};
   };
