@@ -10,7 +10,8 @@ void softmax_backward(bool logarithm, const Array& y, const Array& dy, const Arr
 
 }  // namespace knock::cpu
 
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SOFTMAX)
+// Shared with cpu/router.hpp.
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SOFTMAX) || defined(KNOCK_BODIES_CPU_ROUTER)
 #include <knock/core/math.hpp>
 #include <knock/cpu/row.hpp>
 
@@ -50,6 +51,12 @@ void log_softmax_backward_row(const C* y, const C* dy, C* dx, int64_t n) {
 }
 
 }  // namespace detail
+
+}  // namespace knock::cpu
+#endif
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SOFTMAX)
+namespace knock::cpu {
 
 KNOCK_FUNC void softmax(bool logarithm, const Array& x, const Array& out) {
   dispatch_float(x.dtype, "softmax", [&]<class T>(Type<T>) {

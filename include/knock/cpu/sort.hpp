@@ -14,7 +14,8 @@ void topk(bool largest, const Array& x, const Array& out_values, const Array& ou
 
 }  // namespace knock::cpu
 
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SORT)
+// Shared with cpu/router.hpp.
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SORT) || defined(KNOCK_BODIES_CPU_ROUTER)
 #include <knock/core/parallel.hpp>
 #include <knock/cpu/row.hpp>
 
@@ -152,6 +153,12 @@ void sort_rows(bool descending, const Array& x, const Array& out_values, const A
 }
 
 }  // namespace detail
+
+}  // namespace knock::cpu
+#endif
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_SORT)
+namespace knock::cpu {
 
 KNOCK_FUNC void sort(bool descending, const Array& x, const Array& out_values, const Array& out_indices) {
   dispatch_all(x.dtype, [&]<class T>(Type<T>) { detail::sort_rows<T>(descending, x, out_values, out_indices); });
