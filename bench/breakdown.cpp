@@ -147,24 +147,21 @@ void print_text(const std::vector<Line>& lines, const Limits& limits) {
   }
 }
 
-void print(const bench::StepArguments& arguments, const std::vector<Line>& lines) {
-  const bool bf16 = arguments.trainer.train.precision == train::Precision::bf16;
-  const Limits limits{bench::peak_gflops(bf16 ? DType::bf16 : DType::f32), bench::read_bandwidth()};
+void print(const bench::Options& options, const bench::StepArguments& arguments, const std::vector<Line>& lines) {
+  const Limits limits{bench::peak_gflops(arguments.dtype()), bench::read_bandwidth()};
   const bench::Spread step = lines.back().seconds;
-  const double rate = arguments.gflop() / step.median;
+  const double gflop = bench::gflop_of(arguments.trainer), rate = gflop / step.median;
   char about[256];
   std::snprintf(about, sizeof about,
                 "%s %s: %.4f s a step (%.4f to %.4f), %.1f GFLOP by the model's formulas: %.1f GFLOP/s, %.0f%% of "
                 "peak; memory read %.1f GB/s",
-                arguments.config.c_str(), arguments.precision(), step.median, step.min, step.max, arguments.gflop(),
-                rate, 100 * rate / limits.flop, limits.bytes);
-  bench::Options options(1, nullptr);
-  options.json = arguments.json;
+                arguments.config.c_str(), arguments.precision().c_str(), step.median, step.min, step.max, gflop, rate,
+                100 * rate / limits.flop, limits.bytes);
   bench::Table table(options, "breakdown", about);
-  if (!arguments.json) return print_text(lines, limits);
+  if (!options.json) return print_text(lines, limits);
   for (const Line& line : lines) {
     table.row({{"config", arguments.config},
-               {"precision", std::string(arguments.precision())},
+               {"precision", arguments.precision()},
                {"kernel", line.name},
                {"phase", line.phase},
                {"detail", line.detail},
@@ -181,20 +178,12 @@ void print(const bench::StepArguments& arguments, const std::vector<Line>& lines
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    std::string by = "kernel";
-    const bench::StepArguments arguments = bench::parse_step(argc, argv, [&](const std::string& word, auto value) {
-      if (word != "--by") return false;
-      by = value();
-      return true;
-    });
-    check(by == "kernel" || by == "op" || by == "shape", "bench", "--by must be kernel, op or shape, not ", by);
-    const Steps steps = run_steps(arguments, by);
-    print(arguments, lines_of(steps));
-    if (!arguments.trace.empty()) trace::write_chrome(steps.events, arguments.trace);
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "breakdown: %.280s\n", error.what());
-    return 1;
-  }
+  return bench::run(argc, argv, {"config", "precision", "steps", "by", "trace", "model."},
+                    [](const bench::Options& options) {
+                      const std::string by = options.one_of("by", {"kernel", "op", "shape"});
+                      const bench::StepArguments arguments = bench::parse_step(options);
+                      const Steps steps = run_steps(arguments, by);
+                      print(options, arguments, lines_of(steps));
+                      if (!arguments.trace.empty()) trace::write_chrome(steps.events, arguments.trace);
+                    });
 }

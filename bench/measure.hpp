@@ -6,6 +6,7 @@
 #include <knock/cpu/isa.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -15,6 +16,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -24,6 +26,8 @@
 #include <immintrin.h>
 #endif
 #ifdef __linux__
+#include <sched.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #endif
 
@@ -145,27 +149,92 @@ __attribute__((target("amx-tile,amx-bf16"))) inline float tile_products(int64_t 
 #endif
 #undef BENCH_LIMITS
 
-/// The best rate, in 1e9 a second with all threads, of `run(thread)`, which does `work` operations.
+/// Keeps the calling thread on the `index`-th of the processors that it may use, until the end of the scope.
+class Pinned {
+ public:
+#ifdef __linux__
+  explicit Pinned(int index) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    if (sched_getaffinity(0, sizeof before_, &before_) != 0) return;
+    index %= std::max(CPU_COUNT(&before_), 1);
+    for (std::size_t cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+      if (CPU_ISSET(cpu, &before_) && index-- == 0) CPU_SET(cpu, &one);
+    pinned_ = sched_setaffinity(0, sizeof one, &one) == 0;
+  }
+  ~Pinned() {
+    if (pinned_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+
+ private:
+  cpu_set_t before_{};
+  bool pinned_ = false;
+#else
+  explicit Pinned(int) {}
+#endif
+
+ public:
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+};
+
+/// The best rate, in 1e9 a second with all threads, of `run(thread, round)`, which does `work` operations: of many
+/// short rounds, in which every thread does its own share and all begin together, so that other programs miss some. In
+/// the first half threads run where the system puts them, in the second half each on a processor of its own: beside
+/// another program the system may give one processor to two of ours, and the first processors may share a core.
 template <class Run>
 double best_rate(double work, Run&& run) {
-  const int threads = knock::num_threads();
-  std::vector<float> sums(static_cast<std::size_t>(threads));
+  using Clock = std::chrono::steady_clock;
+  struct alignas(64) Share {
+    Clock::time_point begin, end;
+    float sum = 0;
+  };
+  const int wanted = knock::num_threads();
+  std::vector<Share> shares(static_cast<std::size_t>(wanted));
+  std::atomic<int> arrived{0};
   double best = 0;
-  for (int round = 0; round < 10; ++round) {
-    const double seconds =
-        time([&] { knock::parallel_tasks(threads, [&](int64_t i) { sums[static_cast<std::size_t>(i)] = run(i); }); }, 0,
-             1)
-            .median;
-    best = std::max(best, work * threads / seconds * 1e-9);
-  }
-  return sums[0] >= 0 ? best : 0;
+  const auto take_part = [&](int thread, int threads) {
+    int meetings = 0;
+    const auto meet = [&] {  // no lock of the system's, which would let threads go one by one
+      ++arrived;
+      for (++meetings; arrived < meetings * threads;) {
+      }
+    };
+    Share& own = shares[static_cast<std::size_t>(thread)];
+    std::optional<Pinned> pinned;
+    for (int round = 0; round < 120; ++round) {
+      if (round == 60) pinned.emplace(thread);
+      meet();
+      own.begin = Clock::now();
+      own.sum += run(thread, round);
+      own.end = Clock::now();
+      meet();
+      if (thread > 0) continue;
+      Clock::time_point begin = own.begin, end = own.end;
+      for (int i = 1; i < threads; ++i) {
+        begin = std::min(begin, shares[static_cast<std::size_t>(i)].begin);
+        end = std::max(end, shares[static_cast<std::size_t>(i)].end);
+      }
+      best = std::max(best, work * threads / std::chrono::duration<double>(end - begin).count() * 1e-9);
+    }
+  };
+#ifdef _OPENMP
+#pragma omp parallel num_threads(wanted)
+  take_part(omp_get_thread_num(), omp_get_num_threads());
+#else
+  take_part(0, 1);
+#endif
+  return shares[0].sum >= 0 ? best : 0;
 }
 
-/// GFLOP/s of `run`, which does `flop_per_step` on registers.
+/// GFLOP/s of `run`, which does `flop_per_step` on registers; a round is about a millisecond.
 inline double register_gflops(float (*run)(int64_t, const volatile float*), double flop_per_step) {
-  constexpr int64_t steps = 1000000;
   static volatile float factors[2] = {0.5F, 1.0F};
-  return best_rate(flop_per_step * static_cast<double>(steps), [&](int64_t) { return run(steps, factors); });
+  constexpr int64_t some = 10000;
+  float sum = 0;
+  const Spread seconds = time([&] { sum += run(some, factors); }, 0, 9);
+  const auto steps = std::max(static_cast<int64_t>(1e-3 / seconds.min * some), some);
+  return best_rate(flop_per_step * static_cast<double>(steps), [&](int, int) { return sum * 0 + run(steps, factors); });
 }
 
 using knock::cpu::Isa;
@@ -204,23 +273,28 @@ inline double peak_gflops(knock::DType dtype = knock::DType::f32) {
 
 /// GB/s that all threads read from memory.
 inline double read_bandwidth() {
-  constexpr int64_t count = int64_t{64} << 20;  // of floats a thread: beyond any cache
+  // Floats that a thread reads in a round, and how many such parts it has: more than caches hold.
+  constexpr int64_t part = int64_t{8} << 20, parts = 8;
   struct Free {
     void operator()(float* data) const { std::free(data); }
   };
   std::vector<std::unique_ptr<float, Free>> data(static_cast<std::size_t>(knock::num_threads()));
-  knock::parallel_tasks(static_cast<int64_t>(data.size()), [&](int64_t i) {
-    auto& own = data[static_cast<std::size_t>(i)];
-    own.reset(static_cast<float*>(std::aligned_alloc(4096, count * sizeof(float))));
-    std::fill_n(own.get(), count, 1.0F);
-  });
+  for (auto& own : data) {
+    own.reset(static_cast<float*>(std::aligned_alloc(std::size_t{2} << 20, parts * part * sizeof(float))));
+#ifdef __linux__
+    madvise(own.get(), parts * part * sizeof(float), MADV_HUGEPAGE);
+#endif
+  }
   auto* run = sum_portable;
 #if KNOCK_X86
   if (knock::cpu::isa() >= Isa::avx512) run = sum_avx512;
   if (knock::cpu::isa() == Isa::avx2) run = sum_avx2;
 #endif
-  return best_rate(static_cast<double>(count) * sizeof(float),
-                   [&](int64_t i) { return run(data[static_cast<std::size_t>(i)].get(), count); });
+  return best_rate(static_cast<double>(part) * sizeof(float), [&](int thread, int round) {
+    float* const own = data[static_cast<std::size_t>(thread)].get();
+    if (round == 0) std::fill_n(own, parts * part, 1.0F);  // by the thread that reads it
+    return run(own + round % parts * part, part);
+  });
 }
 
 /// The processor's name.
@@ -244,46 +318,106 @@ inline double peak_rss_mib() {
 
 // --- command line and table ---
 
-/// --json, --threads N and the options named by `keys`, each with a value; other arguments end the program.
+/// --json, --threads N and the options that `keys` names, each with a value; a key that ends with a dot stands for all
+/// options that begin so (--model.layers=2). What is wrong ends the program with one line and status 2.
 class Options {
  public:
   bool json = false;
 
   Options(int argc, char** argv, std::initializer_list<std::string_view> keys = {}) {
+    program_ = argv[0];
+    program_.erase(0, program_.rfind('/') + 1);
+    for (int i = 1; i < argc; ++i) {
+      std::string word = argv[i];
+      if (word == "--help") help(keys);
+      if (word == "--json") {
+        json = true;
+        continue;
+      }
+      const std::size_t equal = std::min(word.find('='), word.size());
+      const std::string key = word.substr(0, equal).substr(std::min<std::size_t>(2, equal));
+      const auto names = [&](std::string_view k) { return k.ends_with('.') ? key.starts_with(k) : key == k; };
+      if (!word.starts_with("--") || (key != "threads" && std::none_of(keys.begin(), keys.end(), names)))
+        refuse("unknown option " + word + "; --help lists them");
+      if (equal == word.size() && ++i == argc) refuse(word + " needs a value");
+      values_[key] = equal < word.size() ? word.substr(equal + 1) : argv[i];
+    }
+    one_of("precision", {"f32", "bf16"});
     try {
       knock::cpu::isa();  // reads KNOCK_ISA
     } catch (const std::exception& error) {
-      std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
-      std::exit(1);
-    }
-    for (int i = 1; i < argc; ++i) {
-      const std::string_view word = argv[i], key = word.substr(std::min<std::size_t>(2, word.size()));
-      const bool known = key == "threads" || std::find(keys.begin(), keys.end(), key) != keys.end();
-      if (word == "--json") {
-        json = true;
-      } else if (word.starts_with("--") && known && i + 1 < argc) {
-        values_[std::string(key)] = argv[++i];
-      } else {
-        std::fprintf(stderr, "usage: %s [--json] [--threads N]", argv[0]);
-        for (const std::string_view k : keys) std::fprintf(stderr, " [--%s VALUE]", std::string(k).c_str());
-        std::fprintf(stderr, "\n");
-        std::exit(2);
-      }
+      refuse(error.what());
     }
     if (const int threads = number("threads", 0); threads > 0) knock::set_num_threads(threads);
   }
+
+  const std::string& program() const { return program_; }
 
   std::string text(const std::string& key, const std::string& otherwise) const {
     const auto at = values_.find(key);
     return at == values_.end() ? otherwise : at->second;
   }
+
+  /// A positive whole number.
   int number(const std::string& key, int otherwise) const {
-    return std::atoi(text(key, std::to_string(otherwise)).c_str());
+    const auto at = values_.find(key);
+    if (at == values_.end()) return otherwise;
+    const std::string& digits = at->second;
+    if (digits.empty() || digits.size() > 9 || digits.find_first_not_of("0123456789") != std::string::npos ||
+        std::stoi(digits) == 0)
+      refuse("--" + key + " must be a positive whole number, not " + digits);
+    return std::stoi(digits);
+  }
+
+  /// The first word where the option is not given.
+  std::string one_of(const std::string& key, std::initializer_list<const char*> words) const {
+    const std::string value = text(key, *words.begin());
+    std::string known;
+    for (const char* word : words) {
+      if (value == word) return value;
+      known += (known.empty() ? "" : ", ") + std::string(word);
+    }
+    refuse("unknown --" + key + " " + value + "; known: " + known);
+  }
+
+  /// The given options that begin with `prefix`, as key=value.
+  std::vector<std::string> assignments(const std::string& prefix) const {
+    std::vector<std::string> out;
+    for (const auto& [key, value] : values_)
+      if (key.starts_with(prefix)) out.push_back(key + "=" + value);
+    return out;
+  }
+
+  [[noreturn]] void refuse(const std::string& why) const {
+    std::fprintf(stderr, "%s: %.280s\n", program_.c_str(), why.c_str());
+    std::exit(2);
   }
 
  private:
+  [[noreturn]] void help(std::initializer_list<std::string_view> keys) const {
+    std::printf("usage: %s [--json] [--threads N]", program_.c_str());
+    for (const std::string_view key : keys)
+      std::printf(key.ends_with('.') ? " [--%skey=VALUE]" : " [--%s VALUE]", std::string(key).c_str());
+    std::printf("\n");
+    std::exit(0);
+  }
+
+  std::string program_;
   std::map<std::string, std::string> values_;
 };
+
+/// A benchmark: `body(options)`. An error ends it with one line and status 1.
+template <class Body>
+int run(int argc, char** argv, std::initializer_list<std::string_view> keys, Body&& body) {
+  const Options options(argc, argv, keys);
+  try {
+    body(options);
+    return 0;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %.280s\n", options.program().c_str(), error.what());
+    return 1;
+  }
+}
 
 /// A measured value; with a limit, percent of it are shown as well.
 struct Measured {
@@ -294,6 +428,7 @@ struct Measured {
 struct Field {
   const char* name;
   std::variant<std::string, int64_t, double, Measured> value;
+  bool text_only = false;  ///< a JSON line says it anyway
 };
 
 /// The one table of a benchmark, headed by the names of the first row's fields; with --json one line per row, in which
@@ -319,6 +454,7 @@ class Table {
     std::printf("{\"bench\":\"%s\",\"machine\":\"%s\",\"isa\":\"%s\",\"threads\":%d", bench_, machine().c_str(),
                 to_text(knock::cpu::isa()), knock::num_threads());
     for (const Field& field : fields) {
+      if (field.text_only) continue;
       if (const auto* text = std::get_if<std::string>(&field.value)) {
         std::printf(",\"%s\":\"%s\"", field.name, text->c_str());
       } else if (const auto* count = std::get_if<int64_t>(&field.value)) {

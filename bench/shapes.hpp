@@ -2,10 +2,12 @@
 // The training steps that benchmarks time: named shapes, their command line, and one step of forward, backward,
 // clipping and AdamW on random tokens.
 
+#include <knock/io/trace.hpp>
 #include <knock/train.hpp>
 
+#include "measure.hpp"
+
 #include <algorithm>
-#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -41,59 +43,46 @@ inline StepShape apply_shape(const std::string& name, knock::models::MoeLmConfig
     m.tie_embeddings = true;
     return row.step;
   }
-  knock::fail("bench", "unknown --config ", name, "; known: tiny, small, long, many, dense, moe-6b1-layer, default");
+  knock::fail("--config", "unknown shape ", name, "; known: tiny, small, long, many, dense, moe-6b1-layer, default");
 }
 
-/// --config NAME, --precision f32|bf16, --threads N, --steps N, --trace FILE, --json and --model.key=value.
+/// The step that a command line names.
 struct StepArguments {
-  std::string config = "tiny";
+  std::string config;
   int steps = 5;
-  bool json = false;
-  std::string trace;  ///< a file for the trace of the timed steps
+  std::string trace;  ///< a file for a Chrome trace
   knock::train::Config trainer;
 
-  const char* precision() const { return trainer.train.precision == knock::train::Precision::bf16 ? "bf16" : "f32"; }
-  double tokens() const { return static_cast<double>(trainer.train.batch_size * trainer.train.seq_len); }
-  /// By the formulas of models::cost: 6 times the active matrix weights a token (router and output head included, the
-  /// look-up not) plus 6 q_heads head_dim T a layer and token for causal attention.
-  double gflop() const {
-    return knock::models::cost(trainer.model, trainer.train.seq_len).training_flops_per_token * tokens() / 1e9;
+  knock::DType dtype() const {
+    return trainer.train.precision == knock::train::Precision::bf16 ? knock::DType::bf16 : knock::DType::f32;
   }
+  std::string precision() const { return to_text(dtype()); }
 };
 
-/// Reads the command line and sets the number of threads. `other(word, value)`, where `value()` is the word that
-/// follows, says whether it took a word that is none of the above.
-template <class Other>
-StepArguments parse_step(int argc, char** argv, Other&& other) {
-  StepArguments out;
-  std::vector<std::string> overrides;
-  for (int i = 1; i < argc; ++i) {
-    const std::string word = argv[i];
-    const auto value = [&] {
-      knock::check(i + 1 < argc, "bench", word, " needs a value");
-      return std::string(argv[++i]);
-    };
-    if (word == "--json") {
-      out.json = true;
-    } else if (word == "--config") {
-      out.config = value();
-    } else if (word == "--steps") {
-      out.steps = std::max(std::atoi(value().c_str()), 1);
-    } else if (word == "--trace") {
-      out.trace = value();
-    } else if (word == "--precision" || word == "--threads") {
-      overrides.push_back("train." + word.substr(2) + "=" + value());
-    } else if (word.starts_with("--model.")) {
-      overrides.push_back(word.substr(2));
-    } else if (!other(word, value)) {
-      knock::fail("bench", "unknown option ", word);
-    }
+inline double tokens_of(const knock::train::Config& c) {
+  return static_cast<double>(c.train.batch_size * c.train.seq_len);
+}
+
+/// By the formulas of models::cost: 6 times the active matrix weights a token (router and output head included, the
+/// look-up not) plus 6 q_heads head_dim T a layer and token for causal attention.
+inline double gflop_of(const knock::train::Config& c) {
+  return knock::models::cost(c.model, c.train.seq_len).training_flops_per_token * tokens_of(c) / 1e9;
+}
+
+/// Of the options config, precision, steps, trace and model.key.
+inline StepArguments parse_step(const Options& options) {
+  StepArguments out{options.text("config", "tiny"), options.number("steps", 5), options.text("trace", ""), {}};
+  try {
+    const StepShape step = apply_shape(out.config, out.trainer.model);
+    out.trainer.train.batch_size = step.batch, out.trainer.train.seq_len = step.tokens;
+    for (const std::string& assignment : options.assignments("model."))
+      knock::train::apply_override(out.trainer, assignment);
+    knock::train::apply_override(out.trainer, "train.precision=" + options.text("precision", "f32"));
+    knock::train::check_config(out.trainer);
+    if (!out.trace.empty()) knock::trace::write_chrome({}, out.trace);  // a path that cannot be written is an error now
+  } catch (const std::exception& error) {
+    options.refuse(error.what());
   }
-  const StepShape step = apply_shape(out.config, out.trainer.model);
-  out.trainer.train.batch_size = step.batch, out.trainer.train.seq_len = step.tokens;
-  for (const std::string& assignment : overrides) knock::train::apply_override(out.trainer, assignment);
-  knock::train::check_config(out.trainer);
-  if (out.trainer.train.threads > 0) knock::set_num_threads(static_cast<int>(out.trainer.train.threads));
   return out;
 }
 

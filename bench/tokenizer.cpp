@@ -11,7 +11,7 @@ namespace {
 
 void run(const bench::Options& options) {
   const std::string path = options.text("corpus", "");
-  check(!path.empty(), "tokenizer", "--corpus must name a .txt file or a folder of them");
+  if (path.empty()) options.refuse("--corpus must name a .txt file or a folder of them");
   const data::Documents documents = data::read_corpus(path).train;
   const double megabytes = static_cast<double>(documents.bytes()) / 1e6;
   bench::Table table(options, "tokenizer", text(megabytes, " MB of text; training, then encoding it"));
@@ -31,12 +31,4 @@ void run(const bench::Options& options) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  try {
-    run(bench::Options(argc, argv, {"corpus"}));
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "tokenizer: %.280s\n", error.what());
-    return 1;
-  }
-}
+int main(int argc, char** argv) { return bench::run(argc, argv, {"corpus"}, run); }

@@ -1,40 +1,31 @@
 // seconds and memory of a training step: forward, backward, clipping and AdamW, on random tokens
 //
 //   ./run bench train_step [--config NAME] [--precision f32|bf16] [--threads N] [--steps N] [--trace FILE] [--json]
-//   [--model.key=value] NAME: tiny, small, long, many, dense, moe-6b1-layer (one layer of the paper's main model),
-//   default
+//   [--model.key=value]
+//   NAME: tiny, small, long, many, dense, moe-6b1-layer (one layer of the paper's main model), default
 //
 // FLOPs are counted as 6 times the active matrix weights a token (router and output head included, the look-up not)
 // plus 6 q_heads head_dim T a layer and token for causal attention: see models::cost. --trace writes one more step,
 // which is not timed, as a Chrome trace.
+#include "measure.hpp"
 #include "shapes.hpp"
 
-#include <knock/cpu/isa.hpp>
 #include <knock/io/trace.hpp>
 
 #include <chrono>
-#include <cstdio>
-
-#include <sys/resource.h>
 
 using namespace knock;
 
 namespace {
 
-double peak_rss_mib() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  return static_cast<double>(usage.ru_maxrss) / 1024;
-}
-
 struct Timing {
-  std::vector<double> seconds;  ///< of each timed step, after two to warm up, sorted
-  int last_allocation = 0;      ///< the last step, counted from 1, that took memory from the system
+  bench::Spread seconds;        ///< of the timed steps, after two to warm up
+  int64_t last_allocation = 0;  ///< the last step, counted from 1, that took memory from the system
 };
 
 Timing time_steps(bench::TrainingStep& step, int steps) {
   Timing out;
-  std::vector<double>& seconds = out.seconds;
+  std::vector<double> seconds;
   for (int i = 0; i < steps + 2; ++i) {
     const auto allocations = memory::stats().system_allocations;
     const auto start = std::chrono::steady_clock::now();
@@ -42,42 +33,38 @@ Timing time_steps(bench::TrainingStep& step, int steps) {
     seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
     if (memory::stats().system_allocations != allocations) out.last_allocation = i + 1;
   }
-  seconds.erase(seconds.begin(), seconds.begin() + 2);
-  std::sort(seconds.begin(), seconds.end());
+  out.seconds = bench::spread_of({seconds.begin() + 2, seconds.end()});
   return out;
 }
 
-void run(const bench::StepArguments& arguments) {
+void run(const bench::Options& options) {
+  const bench::StepArguments arguments = bench::parse_step(options);
   bench::TrainingStep training_step(arguments.trainer);
   const Timing timing = time_steps(training_step, arguments.steps);
-  const std::vector<double>& seconds = timing.seconds;
-  const double step = seconds[seconds.size() / 2], gflop = arguments.gflop();
-  const std::string isa(to_text(cpu::isa()));
-  const char* pattern =
-      arguments.json
-          ? "{\"config\":\"%s\",\"precision\":\"%s\",\"threads\":%d,\"step_s\":%.6f,\"step_s_min\":%.6f,\"step_s_max\":"
-            "%.6f,"
-            "\"tokens_per_s\":%.1f,\"gflop\":%.2f,\"gflops_per_s\":%.2f,\"peak_rss_mib\":%.1f,\"isa\":\"%s\",\"last_"
-            "allocation\":%d}\n"
-          : "%s %s, %d threads: %.4f s a step (%.4f to %.4f), %.0f tokens/s, %.1f GFLOP, %.1f GFLOP/s, peak %.0f MiB, "
-            "%s, last system allocation in step %d\n";
-  std::printf(pattern, arguments.config.c_str(), arguments.precision(), num_threads(), step, seconds.front(),
-              seconds.back(), arguments.tokens() / step, gflop, gflop / step, peak_rss_mib(), isa.c_str(),
-              timing.last_allocation);
+  const double gflop = bench::gflop_of(arguments.trainer), peak_rss_mib = bench::peak_rss_mib();
+  bench::Table table(options, "train_step", "medians; last_allocation: the last step that took memory from the system");
+  table.row({{"config", arguments.config},
+             {"precision", arguments.precision()},
+             {"step_s", bench::Measured{timing.seconds}},
+             {"least_s", timing.seconds.min, true},
+             {"most_s", timing.seconds.max, true},
+             {"tokens_per_s", bench::Measured{timing.seconds.rate(bench::tokens_of(arguments.trainer))}},
+             {"gflop", gflop},
+             {"gflops_per_s", bench::Measured{timing.seconds.rate(gflop), bench::peak_gflops(arguments.dtype())}},
+             {"peak_rss_mib", peak_rss_mib},
+             {"isa", std::string(to_text(cpu::isa())), true},
+             {"last_allocation", timing.last_allocation}});
   if (arguments.trace.empty()) return;
   trace::start();
-  training_step();
+  {
+    const trace::Span span("step");
+    training_step();
+  }
   trace::write_chrome(trace::stop(), arguments.trace);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    run(bench::parse_step(argc, argv, [](const std::string&, auto) { return false; }));
-    return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "train_step: %.280s\n", error.what());
-    return 1;
-  }
+  return bench::run(argc, argv, {"config", "precision", "steps", "trace", "model."}, run);
 }
