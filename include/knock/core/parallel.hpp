@@ -7,6 +7,7 @@
 #include <knock/config.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <exception>
 
@@ -45,6 +46,40 @@ void parallel_tasks(int64_t n, Body&& body) {
       } catch (...) {
 #pragma omp critical(knock_parallel_error)
         error = std::current_exception();
+      }
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) body(i);
+}
+
+/// parallel_tasks for tasks that read memory side by side: each thread works through neighbours, in order, and then
+/// helps the others. What it fetches ahead of one task is there for the next.
+template <class Body>
+void parallel_runs(int64_t n, Body&& body) {
+#ifdef _OPENMP
+  constexpr int most = 64;
+  const int runs = std::min(num_threads(), most);
+  if (n > 1 && runs > 1) {
+    std::exception_ptr error;
+    struct alignas(64) Next {
+      std::atomic<int64_t> task;
+    } next[most];
+    for (int run = 0; run < runs; ++run) next[run].task.store(n * run / runs, std::memory_order_relaxed);
+#pragma omp parallel num_threads(runs)
+    for (int i = 0; i < runs; ++i) {
+      const int run = (omp_get_thread_num() + i) % runs;
+      const int64_t end = n * (run + 1) / runs;
+      int64_t task;
+      while ((task = next[run].task.fetch_add(1, std::memory_order_relaxed)) < end) {
+        try {
+          body(task);
+        } catch (...) {
+#pragma omp critical(knock_parallel_error)
+          error = std::current_exception();
+        }
       }
     }
     if (error) std::rethrow_exception(error);

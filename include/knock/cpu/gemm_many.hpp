@@ -35,7 +35,7 @@ void gemm_many_thin(const Array& a, std::span<const Array> b, std::span<const Ar
     for (int64_t begin = 0; begin < n; begin += cols) parts.push_back({i, begin, std::min(n, begin + cols)});
   }
   const ThinLeft left = thin_left(m, k, Matrix<const T>{a.as<T>(), a.strides[0], a.strides[1]});
-  parallel_tasks(static_cast<int64_t>(parts.size()), [&](int64_t task) {
+  parallel_runs(static_cast<int64_t>(parts.size()), [&](int64_t task) {
     const ThinPart& part = parts[static_cast<std::size_t>(task)];
     const Array& matrix = b[part.matrix];
     const int64_t n = matrix.shape[1];

@@ -120,11 +120,10 @@ void thin_add(int64_t m, int64_t n, int64_t k, const compute_t<T>* a, int64_t a_
                                                              b + p * b_row, b_row, out + i * out_row, out_row);
 }
 
-/// Columns that one task of a thin product makes: whole fours, at least 128 KiB of b (a task begins without what was
-/// prefetched for the one before), at most 64 tasks.
+/// Columns that one task of a thin product makes: whole fours, at least 64 KiB of b, at most 256 tasks.
 template <class T>
 int64_t thin_task_cols(int64_t n, int64_t k) {
-  const int64_t least = 131072 / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(k, 1)), share = (n + 63) / 64;
+  const int64_t least = 65536 / (static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(k, 1)), share = (n + 255) / 256;
   return (std::max(least, share) + 3) / 4 * 4;
 }
 
@@ -135,8 +134,9 @@ template <class T, class C>
 void thin_dot_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
                       Matrix<const T> c, Matrix<T> out) {
   const ThinLeft left = thin_left(m, k, a);
-  parallel_for(n, thin_task_cols<T>(n, k), [&](int64_t begin, int64_t end) {
-    thin_dots(m, k, left, b, begin, end, [&](int64_t i, int64_t j, C sum) {
+  const int64_t cols = thin_task_cols<T>(n, k);
+  parallel_runs((n + cols - 1) / cols, [&](int64_t task) {
+    thin_dots(m, k, left, b, task * cols, std::min(n, (task + 1) * cols), [&](int64_t i, int64_t j, C sum) {
       out(i, j) = static_cast<T>(alpha * sum + (beta != 0 ? beta * static_cast<C>(c(i, j)) : C(0)));
     });
   });
@@ -242,6 +242,9 @@ struct ThinVector {
     to = reinterpret_cast<typename Vector::Type>(bits);                                                 \
   }
 
+/// Rows that a stream of rows of that many bytes is prefetched ahead.
+inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024 ? 8192 / bytes : 8; }
+
 // The processor's own prefetching starts anew in every page.
 #define KNOCK_THIN_PREFETCH(from) __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192);
 
@@ -319,6 +322,7 @@ struct ThinVector {
     using C = compute_t<T>;                                                                                          \
     constexpr int lanes = bytes / static_cast<int>(sizeof(C));                                                       \
     using Vector = ThinVector<C, lanes>;                                                                             \
+    const int64_t ahead = thin_rows_ahead(b_row * static_cast<int64_t>(sizeof(T)));                                  \
     for (int64_t p = 0; p < k; p += 4, b += 4 * b_row) {                                                             \
       const int64_t depth = k - p < 4 ? k - p : 4;                                                                   \
       C factor[rows][4];                                                                                             \
@@ -328,7 +332,7 @@ struct ThinVector {
       for (; depth == 4 && j + lanes <= n; j += lanes) {                                                             \
         typename Vector::Type row[4];                                                                                \
         KNOCK_UNROLL for (int q = 0; q < 4; ++q) {                                                                   \
-          __builtin_prefetch(b + (q + 8) * b_row + j);                                                               \
+          __builtin_prefetch(b + (q + ahead) * b_row + j);                                                           \
           KNOCK_THIN_LOAD(row[q], b + q * b_row + j)                                                                 \
         }                                                                                                            \
         KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                                \

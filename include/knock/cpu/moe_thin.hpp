@@ -40,9 +40,8 @@ inline std::vector<ThinGroup> thin_groups(const int64_t* offsets, int64_t expert
   return groups;
 }
 
-/// Columns of a block: whole sixteens, about 256 KiB of weights of `bytes` a column, so that there are some tasks a
-/// thread.
-inline int64_t thin_block_cols(int64_t bytes) { return (std::max<int64_t>(262144 / bytes, 1) + 15) / 16 * 16; }
+/// Columns of a block: whole sixteens, about 128 KiB of weights of `bytes` a column, so that the threads end together.
+inline int64_t thin_block_cols(int64_t bytes) { return (std::max<int64_t>(131072 / bytes, 1) + 15) / 16 * 16; }
 
 /// Rows of a thin product's left operand in the type that its kernels want.
 template <class T>
@@ -94,7 +93,7 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
   // Calls body(group, begin, end) for blocks of `count` columns of every group's expert.
   const auto for_blocks = [&](int64_t count, int64_t bytes, auto&& body) {
     const int64_t cols = thin_block_cols(bytes), blocks = (count + cols - 1) / cols;
-    parallel_tasks(static_cast<int64_t>(groups.size()) * blocks, [&](int64_t task) {
+    parallel_runs(static_cast<int64_t>(groups.size()) * blocks, [&](int64_t task) {
       const int64_t begin = task % blocks * cols;
       body(groups[static_cast<std::size_t>(task / blocks)], begin, std::min(count, begin + cols));
     });

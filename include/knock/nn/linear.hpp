@@ -22,6 +22,9 @@ class Linear : public Layer {
   Tensor bias;    // (out_features), undefined without
 };
 
+/// Layers without bias, of one input: each one's output.
+Tensors forward_many(const Tensor& x, std::initializer_list<const Linear*> layers);
+
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_LINEAR)
@@ -37,6 +40,15 @@ KNOCK_FUNC Linear::Linear(int64_t in_features, int64_t out_features, LinearOptio
 }
 
 KNOCK_FUNC Tensor Linear::forward(const Tensor& x) { return linear(x, beside(x, weight), beside(x, bias)); }
+
+KNOCK_FUNC Tensors forward_many(const Tensor& x, std::initializer_list<const Linear*> layers) {
+  Tensors weights;
+  for (const Linear* layer : layers) {
+    check(!layer->bias.defined(), "forward_many", "takes layers without bias");
+    weights.push_back(beside(x, layer->weight));
+  }
+  return linear_many(x, weights);
+}
 
 }  // namespace knock::nn
 #endif

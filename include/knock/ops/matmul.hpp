@@ -36,6 +36,9 @@ Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta 
 /// bf16 x weight and bias may be f32, which are rounded as they are read: their gradients stay f32.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 
+/// linear(x, weight) for each of several weights. Of few rows, and without gradients, in one pass over all of them.
+Tensors linear_many(const Tensor& x, const Tensors& weights);
+
 /// Sum of products named by letters, as in PyTorch and NumPy: repeated letters in one operand take the diagonal,
 /// letters missing after "->" are summed, "..." stands for any leading axes and broadcasts. Without "->" the result has
 /// the ellipsis, then the letters that occur once, in alphabetical order. Operands are contracted from left to right.
@@ -49,6 +52,7 @@ Tensor einsum(std::string_view equation, const Tensors& operands);
 #include <algorithm>
 #include <array>
 #include <string>
+#include <vector>
 
 namespace knock {
 namespace detail {
@@ -69,6 +73,14 @@ KNOCK_FUNC bool can_multiply(const Tensor& x, const Tensor& weight) {
 KNOCK_FUNC void check_weight(const char* op, const Tensor& x, const Tensor& weight) {
   if (is_float(x.dtype()) && can_multiply(x, weight)) return check_same_device(op, {x, weight});
   check_operands(op, x, weight);
+}
+
+KNOCK_FUNC void check_linear(const Tensor& x, const Tensor& weight) {
+  check_weight("linear", x, weight);
+  check(x.rank() >= 1 && weight.rank() == 2, "linear", "needs x (..., in) and weight (out, in): x ", x, ", weight ",
+        weight);
+  check(x.shape().back() == weight.size(1), "linear", "inner dimensions differ: x ", x, ", weight ", weight,
+        " which is (out, in)");
 }
 
 KNOCK_FUNC Shape leading(const Shape& shape, int64_t dropped) { return Shape(shape.begin(), shape.end() - dropped); }
@@ -193,11 +205,7 @@ KNOCK_FUNC Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, d
 }
 
 KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  detail::check_weight("linear", x, weight);
-  check(x.rank() >= 1 && weight.rank() == 2, "linear", "needs x (..., in) and weight (out, in): x ", x, ", weight ",
-        weight);
-  check(x.shape().back() == weight.size(1), "linear", "inner dimensions differ: x ", x, ", weight ", weight,
-        " which is (out, in)");
+  detail::check_linear(x, weight);
   if (bias.defined()) {
     detail::check_weight("linear", x, bias);
     check(bias.shape() == Shape{weight.size(0)}, "linear", "bias ", bias, " does not match the rows of weight ",
@@ -224,6 +232,29 @@ KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bi
                               gradients[2] = detail::sum_to(dy, {dy.shape().back()}).to(sb.get(up).dtype());
                             return gradients;
                           });
+}
+
+KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
+  bool recorded = x.requires_grad();
+  for (const Tensor& weight : weights) recorded = recorded || weight.requires_grad();
+  Tensors out;
+  out.reserve(weights.size());
+  if (recorded && autograd::is_recording()) {
+    for (const Tensor& weight : weights) out.push_back(linear(x, weight));
+    return out;
+  }
+  std::vector<Array> matrices, results;  // (in, out), (R, out)
+  for (const Tensor& weight : weights) {
+    detail::check_linear(x, weight);
+    Shape shape = detail::leading(x.shape(), 1);
+    shape.push_back(weight.size(0));
+    out.push_back(empty(shape, {x.dtype(), x.device()}));
+    matrices.push_back(detail::transposed(weight.array()));
+    results.push_back(detail::rows_of(out.back()));
+  }
+  const Tensor dense = x.rank() == 2 ? x : x.contiguous();
+  kernel(&Backend::gemm_many, "linear", x)(detail::rows_of(dense), matrices, results);
+  return out;
 }
 
 // einsum

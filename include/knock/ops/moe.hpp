@@ -16,6 +16,21 @@
 
 namespace knock {
 
+/// Where a router sends N tokens.
+struct Routes {
+  Tensor indices;  // (N, k) i64, best first
+  Tensor weights;  // (N, k)
+};
+
+/// Each token's experts and their weights from a router's logits (N, E), f32 or f64. With scores s = sigmoid(logit) or
+/// a row's softmax, the k best of s + bias are chosen, the first of equal ones; NaN counts as the greatest. A chosen
+/// expert's weight is its s, divided by the token's sum + 1e-20 where norm_topk_prob, times routed_scaling_factor. With
+/// groups, only the experts of the topk_group best groups are chosen from; a group's rank is the sum of its two best s
+/// + bias. `bias` (E) of the logits' dtype or undefined takes no gradient.
+///
+///   auto [indices, weights] = route(linear(x, w), {}, {.top_k = 4});
+Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options);
+
 /// x (N, C), indices (N, k) i64 in [0, E) or -1 (dropped), weights (N, k), gate and up (E, F, C), down (E, C, F) ->
 /// (N, C). Floating tensors have one dtype, but for f32 matrices beside a bf16 x, which are rounded as they are read.
 /// Errors: shapes or dtypes that disagree, an index outside [-1, E).
@@ -35,6 +50,9 @@ Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity)
 /// The same function, one expert after the other in other ops: documentation, oracle, and what create_graph
 /// differentiates.
 namespace composite {
+Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options);
+/// The weights of experts that are chosen already, indices (N, k).
+Tensor route_weights(const Tensor& logits, const Tensor& indices, const RouteOptions& options);
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
                    const Tensor& down);
 Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight);
@@ -49,13 +67,43 @@ Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weigh
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/scan.hpp>
+#include <knock/ops/softmax.hpp>
 #include <knock/ops/sort.hpp>
 #include <knock/ops/view.hpp>
 
+#include <limits>
+
 namespace knock {
 namespace detail {
+
+KNOCK_FUNC Tensor router_scores(const Tensor& logits, const RouteOptions& options) {
+  return options.scores == Router::sigmoid ? sigmoid(logits) : softmax(logits, -1);
+}
+
+KNOCK_FUNC void check_route(const Tensor& logits, const Tensor& bias, const RouteOptions& o) {
+  constexpr const char* op = "route";
+  check(logits.rank() == 2 && (logits.dtype() == DType::f32 || logits.dtype() == DType::f64), op,
+        "logits must be f32 or f64 (N, E), got ", logits);
+  const int64_t experts = logits.size(1);
+  if (bias.defined()) {
+    check_same_device(op, {logits, bias});
+    check(bias.shape() == Shape{experts} && bias.dtype() == logits.dtype(), op, "bias ", bias,
+          " must be (E) of the dtype of logits ", logits);
+  }
+  check(o.top_k > 0 && o.top_k <= experts, op, "top_k ", o.top_k, " is outside 1 to ", experts, ", the experts of ",
+        logits);
+  check(o.n_group > 0 && experts % o.n_group == 0, op, "experts ", experts, " is not divisible by n_group ", o.n_group);
+  if (o.n_group == 1) return;
+  const int64_t group = experts / o.n_group;
+  check(group >= 2, op, "a group needs at least 2 experts, n_group ", o.n_group, " leaves ", group);
+  check(o.topk_group > 0 && o.topk_group <= o.n_group, op, "topk_group ", o.topk_group, " is outside 1 to n_group ",
+        o.n_group);
+  check(o.top_k <= o.topk_group * group, op, "top_k ", o.top_k, " exceeds the ", o.topk_group * group,
+        " experts of topk_group ", o.topk_group, " groups");
+}
 
 KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate,
                           const Tensor& up, const Tensor& down) {
@@ -77,6 +125,58 @@ KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& 
 }
 
 }  // namespace detail
+
+KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options) {
+  detail::check_route(logits, bias, options);
+  const Tensor x = logits.contiguous(), added = bias.defined() ? bias.contiguous() : bias;
+  const Shape shape{x.size(0), options.top_k};
+  const Routes out{empty(shape, {DType::i64, x.device()}), empty(shape, {x.dtype(), x.device()})};
+  kernel(&Backend::router, "route", x)(options, x.array(), added.defined() ? added.array() : Array{},
+                                       out.indices.array(), out.weights.array());
+  autograd::record("route", out.weights, {logits},
+                   [options, x = autograd::Saved(x),
+                    indices = autograd::Saved(out.indices)](const autograd::Upstream& up) -> Tensors {
+                     const Tensor x_now = x.get(up), chosen = indices.get(up);
+                     if (autograd::is_recording())
+                       return autograd::twin_gradients(up, {x_now}, [&](const Tensors& in) {
+                         return composite::route_weights(in[0], chosen, options);
+                       });
+                     const Tensor dy = up.dy().contiguous(), dx = empty_like(x_now);
+                     kernel(&Backend::router_backward, "route", x_now)(options, x_now.array(), chosen.array(),
+                                                                       dy.array(), dx.array());
+                     return {dx};
+                   });
+  return out;
+}
+
+namespace composite {
+KNOCK_FUNC Tensor route_weights(const Tensor& logits, const Tensor& indices, const RouteOptions& options) {
+  Tensor weights = gather(knock::detail::router_scores(logits, options), 1, indices);
+  if (options.norm_topk_prob) weights = weights / (sum(weights, {-1}, true) + 1e-20);
+  return options.routed_scaling_factor != 1 ? weights * options.routed_scaling_factor : weights;
+}
+
+KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options) {
+  knock::detail::check_route(logits, bias, options);
+  Tensor indices;
+  {
+    const NoGradGuard no_grad;
+    Tensor biased = knock::detail::router_scores(logits, options);  // (N, E)
+    if (bias.defined()) biased = biased + bias;
+    if (options.n_group > 1) {
+      const int64_t tokens = logits.size(0), groups = options.n_group, size = logits.size(1) / groups;
+      const Tensor grouped = biased.reshape({tokens, groups, size});
+      const Tensor rank = sum(topk(grouped, 2, -1, true).values, {-1});      // (N, groups)
+      const Tensor kept = topk(rank, options.topk_group, -1, true).indices;  // (N, topk_group)
+      const Tensor left_out = scatter(ones({tokens, groups}, {.device = logits.device()}), 1, kept, 0).to(DType::u8);
+      const Tensor mask = left_out.unsqueeze(2).expand({tokens, groups, size}).reshape(logits.shape());
+      biased = masked_fill(biased, mask, -std::numeric_limits<double>::infinity());
+    }
+    indices = topk(biased, options.top_k, -1, true).indices;
+  }
+  return {indices, route_weights(logits, indices, options)};
+}
+}  // namespace composite
 
 KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const Tensor& weights, const Tensor& gate,
                               const Tensor& up, const Tensor& down) {

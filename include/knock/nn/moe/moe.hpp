@@ -114,8 +114,8 @@ KNOCK_FUNC void MoE::count() {
 }
 
 KNOCK_FUNC Tensor MoE::balance_loss(const Tensor& batch_load) const {
-  check(routing_.probabilities.defined(), "MoE", "balance_loss needs a forward in training first");
-  return nn::balance_loss(routing_.probabilities, batch_load);
+  check(routing_.logits.defined(), "MoE", "balance_loss needs a forward first");
+  return nn::balance_loss(gate.probabilities(routing_.logits), batch_load);
 }
 
 KNOCK_FUNC Tensor MoE::z_loss() const {

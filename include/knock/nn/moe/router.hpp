@@ -13,12 +13,13 @@
 // evaluation nothing is dropped, so that decoding token by token equals one forward (DeepSeek-V2, arXiv 2405.04434,
 // drops in training only as well).
 
+#include <knock/core/backend.hpp>
 #include <knock/nn/init.hpp>
 #include <knock/nn/module.hpp>
 
 namespace knock::nn {
 
-enum class Router : uint8_t { sigmoid, softmax };
+using knock::Router;
 
 struct MoEOptions {
   int64_t hidden = 0;      ///< features of a token
@@ -45,10 +46,9 @@ int64_t expert_capacity(const MoEOptions& options, int64_t tokens);
 
 /// What the router decided for N tokens.
 struct Routing {
-  Tensor logits;         // (N, E) f32, or f64 for an x of f64; so are the next and the weights
-  Tensor probabilities;  // (N, E), rows sum to one; undefined in evaluation, where no loss needs them
-  Tensor indices;        // (N, k) i64
-  Tensor weights;        // (N, k)
+  Tensor logits;   // (N, E) f32, or f64 for an x of f64; so are the weights
+  Tensor indices;  // (N, k) i64
+  Tensor weights;  // (N, k)
 };
 
 /// Parameter `weight` (E, hidden); buffer `e_score_correction_bias` (E) f32 when router_bias.
@@ -57,12 +57,14 @@ class TopKRouter : public Module {
   explicit TopKRouter(const MoEOptions& options);
   /// x (N, hidden)
   Routing forward(const Tensor& x) const;
+  /// The scores of logits (N, E) as probabilities, whose rows sum to one.
+  Tensor probabilities(const Tensor& logits) const;
 
   Tensor weight;
   Tensor e_score_correction_bias;
 
  private:
-  Tensor choose(const Tensor& scores) const;
+  RouteOptions route_options() const;
 
   MoEOptions options_;
 };
@@ -70,19 +72,16 @@ class TopKRouter : public Module {
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MOE_ROUTER)
-#include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/binary.hpp>
-#include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
+#include <knock/ops/moe.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
-#include <knock/ops/sort.hpp>
 #include <knock/ops/view.hpp>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace knock::nn {
 
@@ -118,38 +117,33 @@ KNOCK_FUNC TopKRouter::TopKRouter(const MoEOptions& options) : options_(options)
     e_score_correction_bias = register_buffer("e_score_correction_bias", zeros({options.experts}));
 }
 
-KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
-  Routing out;
-  const DType precise = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
-  out.logits = linear(x.to(precise), weight.to(precise));
-  const bool sigmoid_scores = options_.router == Router::sigmoid;
-  const Tensor scores = sigmoid_scores ? sigmoid(out.logits) : softmax(out.logits, -1);
-  if (is_training()) out.probabilities = sigmoid_scores ? scores / (sum(scores, {-1}, true) + 1e-20) : scores;
-  out.indices = choose(scores);
-  out.weights = gather(scores, 1, out.indices);
-  if (options_.norm_topk_prob) out.weights = out.weights / (sum(out.weights, {-1}, true) + 1e-20);
-  if (options_.routed_scaling_factor != 1) out.weights = out.weights * options_.routed_scaling_factor;
-  return out;
+KNOCK_FUNC RouteOptions TopKRouter::route_options() const {
+  return {.top_k = options_.top_k,
+          .scores = options_.router,
+          .norm_topk_prob = options_.norm_topk_prob,
+          .routed_scaling_factor = options_.routed_scaling_factor,
+          .n_group = options_.n_group,
+          .topk_group = options_.topk_group};
 }
 
-KNOCK_FUNC Tensor TopKRouter::choose(const Tensor& scores) const {
-  const NoGradGuard no_grad;
+KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
+  const DType precise = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
+  const Tensor logits = linear(x.to(precise), weight.to(precise));  // (N, E)
   if (options_.forced_balance) {
-    const int64_t tokens = scores.size(0), k = options_.top_k;
-    return remainder(arange(0, tokens * k, 1, {DType::i64, scores.device()}), options_.experts).reshape({tokens, k});
+    const int64_t tokens = x.size(0), k = options_.top_k;
+    const Tensor turns = remainder(arange(0, tokens * k, 1, {DType::i64, x.device()}), options_.experts);
+    const Tensor indices = turns.reshape({tokens, k});
+    return {logits, indices, composite::route_weights(logits, indices, route_options())};
   }
-  Tensor biased = scores;  // (N, E)
-  if (e_score_correction_bias.defined()) biased = biased + e_score_correction_bias;
-  if (options_.n_group > 1) {
-    const int64_t tokens = scores.size(0), groups = options_.n_group, size = options_.experts / groups;
-    const Tensor grouped = biased.reshape({tokens, groups, size});
-    const Tensor rank = sum(topk(grouped, 2, -1, true).values, {-1});       // (N, groups)
-    const Tensor kept = topk(rank, options_.topk_group, -1, true).indices;  // (N, topk_group)
-    const Tensor left_out = scatter(ones({tokens, groups}), 1, kept, 0).to(DType::u8);
-    const Tensor mask = left_out.unsqueeze(2).expand({tokens, groups, size}).reshape(scores.shape());
-    biased = masked_fill(biased, mask, -std::numeric_limits<double>::infinity());
-  }
-  return topk(biased, options_.top_k, -1, true).indices;
+  const Tensor& bias = e_score_correction_bias;
+  const auto [indices, weights] = route(logits, bias.defined() ? bias.to(precise) : bias, route_options());
+  return {logits, indices, weights};
+}
+
+KNOCK_FUNC Tensor TopKRouter::probabilities(const Tensor& logits) const {
+  if (options_.router == Router::softmax) return softmax(logits, -1);
+  const Tensor scores = sigmoid(logits);
+  return scores / (sum(scores, {-1}, true) + 1e-20);
 }
 
 }  // namespace knock::nn
