@@ -164,24 +164,34 @@ TEST_CASE("trace: spans hold the calls made in them") {
 }
 
 TEST_CASE("trace: the file is Chrome's trace event format") {
-  const std::vector<trace::Event> events = {{.op = "mat\"mul",
-                                             .kernel = "gemm",
-                                             .shapes = "(2,)",
-                                             .start = 0.125000,
-                                             .seconds = 0.25,
-                                             .bytes = 8,
-                                             .flop = 16},
-                                            {.op = "exp", .kernel = "unary", .backward = true, .thread = 1},
-                                            {.op = "step"}};
+  const std::vector<trace::Event> events = {
+      {.op = "mat\"mul",
+       .kernel = "gemm",
+       .shapes = "(2,)",
+       .start = 0.125000,
+       .seconds = 0.25,
+       .bytes = 8,
+       .flop = 16},
+      {.op = "exp", .kernel = "unary", .backward = true, .thread = 1, .start = 1.25e-7},
+      {.op = "step", .seconds = 12.3456789012}};
   const char* expected =
       "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n"
-      "{\"name\":\"mat\\\"mul\",\"cat\":\"forward\",\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":125000,\"dur\":250000,"
+      "{\"name\":\"process_name\",\"cat\":\"__metadata\",\"ph\":\"M\",\"pid\":1,\"tid\":0,"
+      "\"args\":{\"name\":\"knock\"}},\n"
+      "{\"name\":\"thread_name\",\"cat\":\"__metadata\",\"ph\":\"M\",\"pid\":1,\"tid\":1,"
+      "\"args\":{\"name\":\"thread 1\"}},\n"
+      "{\"name\":\"thread_name\",\"cat\":\"__metadata\",\"ph\":\"M\",\"pid\":1,\"tid\":2,"
+      "\"args\":{\"name\":\"thread 2\"}},\n"
+      "{\"name\":\"mat\\\"mul\",\"cat\":\"forward\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":125000,\"dur\":250000,"
       "\"args\":{\"kernel\":\"gemm\",\"shapes\":\"(2,)\",\"bytes\":8,\"flop\":16}},\n"
-      "{\"name\":\"exp\",\"cat\":\"backward\",\"ph\":\"X\",\"pid\":0,\"tid\":1,\"ts\":0,\"dur\":0,"
+      "{\"name\":\"exp\",\"cat\":\"backward\",\"ph\":\"X\",\"pid\":1,\"tid\":2,\"ts\":0.125,\"dur\":0,"
       "\"args\":{\"kernel\":\"unary\",\"shapes\":\"\",\"bytes\":0,\"flop\":0}},\n"
-      "{\"name\":\"step\",\"cat\":\"span\",\"ph\":\"X\",\"pid\":0,\"tid\":0,\"ts\":0,\"dur\":0}\n]}\n";
+      "{\"name\":\"step\",\"cat\":\"span\",\"ph\":\"X\",\"pid\":1,\"tid\":1,\"ts\":0,\"dur\":12345678.901}\n]}\n";
   CHECK(trace::to_chrome(events) == expected);
-  CHECK(trace::to_chrome({}) == "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n]}\n");
+  CHECK(trace::to_chrome({}) ==
+        "{\"displayTimeUnit\":\"ms\",\"traceEvents\":[\n"
+        "{\"name\":\"process_name\",\"cat\":\"__metadata\",\"ph\":\"M\",\"pid\":1,\"tid\":0,"
+        "\"args\":{\"name\":\"knock\"}}\n]}\n");
   const test::TemporaryFolder folder;
   trace::write_chrome(events, folder / "trace.json");
   CHECK(io::read_file(folder / "trace.json") == expected);
