@@ -36,6 +36,7 @@
 #include <knock/ops/mlp.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/norm.hpp>
+#include <knock/ops/norm_rope.hpp>
 #include <knock/ops/optim.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/random.hpp>

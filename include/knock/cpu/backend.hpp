@@ -15,10 +15,10 @@
 #include <knock/cpu/moe.hpp>
 #include <knock/cpu/multinomial.hpp>
 #include <knock/cpu/norm.hpp>
-#include <knock/cpu/norm_rope.hpp>
 #include <knock/cpu/optim.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
+#include <knock/cpu/rms_norm.hpp>
 #include <knock/cpu/rope.hpp>
 #include <knock/cpu/router.hpp>
 #include <knock/cpu/scan.hpp>

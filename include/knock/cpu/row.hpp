@@ -181,9 +181,9 @@ void map_rows(const std::array<Rows<T>, K>& in, const Rows<T>& out, Body&& body)
   });
 }
 
-/// Partial results of a sum or maximum: element i goes to lane i % 32. Vectorises on every machine, and combines in the
+/// Partial results of a sum or maximum: element i goes to lane i % 16. Vectorises on every machine, and combines in the
 /// same order on all of them.
-inline constexpr int64_t row_lanes = 32;
+inline constexpr int64_t row_lanes = 16;
 
 /// sum of term(i) for i in [begin, end)
 template <class C, class Term>
@@ -195,9 +195,11 @@ C block_sum(int64_t begin, int64_t end, Term& term) {
     for (int64_t l = 0; l < row_lanes; ++l) lanes[l] += term(i + l);
   }
   for (int64_t l = 0; i < end; ++i, ++l) lanes[l] += term(i);
-  for (int64_t width = row_lanes / 2; width > 0; width /= 2)
-    for (int64_t l = 0; l < width; ++l) lanes[l] += lanes[l + width];
-  return lanes[0];
+  KNOCK_SIMD
+  for (int64_t l = 0; l < 8; ++l) lanes[l] += lanes[l + 8];
+  KNOCK_SIMD
+  for (int64_t l = 0; l < 4; ++l) lanes[l] += lanes[l + 4];
+  return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
 /// sum of term(i) for i in [0, n), which is called once for each i. Blocks of 2048 terms are summed in C and the blocks

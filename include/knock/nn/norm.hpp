@@ -3,6 +3,7 @@
 // arXiv 1910.07467).
 
 #include <knock/nn/module.hpp>
+#include <knock/ops/norm.hpp>
 
 namespace knock::nn {
 
@@ -11,6 +12,10 @@ class RMSNorm : public Layer {
  public:
   explicit RMSNorm(int64_t dim, double eps = 1e-6);
   KNOCK_FUNC Tensor forward(const Tensor& x) override;
+  /// x + residual and its norm, in one pass.
+  AddNorm forward(const Tensor& x, const Tensor& residual);
+
+  double eps() const { return eps_; }
 
   Tensor weight;  // (dim)
 
@@ -34,13 +39,15 @@ class LayerNorm : public Layer {
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_NORM)
-#include <knock/ops/norm.hpp>
-
 namespace knock::nn {
 
 KNOCK_FUNC RMSNorm::RMSNorm(int64_t dim, double eps) : eps_(eps) { weight = register_parameter("weight", ones({dim})); }
 
 KNOCK_FUNC Tensor RMSNorm::forward(const Tensor& x) { return rms_norm(x, beside(x, weight), eps_); }
+
+KNOCK_FUNC AddNorm RMSNorm::forward(const Tensor& x, const Tensor& residual) {
+  return add_rms_norm(x, residual, beside(x, weight), eps_);
+}
 
 KNOCK_FUNC LayerNorm::LayerNorm(int64_t dim, double eps, bool with_bias) : eps_(eps) {
   weight = register_parameter("weight", ones({dim}));

@@ -1,12 +1,14 @@
 #pragma once
 // Normalisation over the last axis, fused forward and backward. n is its extent; means are over it.
 //
-//   rms_norm    y = x * r * weight,            r = 1 / sqrt(mean(x^2) + eps)           (Zhang, Sennrich, arXiv
-//   1910.07467) layer_norm  y = (x - m) * r * weight + bias,  r = 1 / sqrt(mean((x - m)^2) + eps)  (Ba, Kiros, Hinton,
-//   arXiv 1607.06450)
+//   rms_norm      y = x * r * weight,              r = 1 / sqrt(mean(x^2) + eps)
+//   layer_norm    y = (x - m) * r * weight + bias, r = 1 / sqrt(mean((x - m)^2) + eps)
+//   add_rms_norm  s = x + residual, y = rms_norm(s)
+//
+// RMS norm: Zhang, Sennrich, arXiv 1910.07467; layer norm: Ba, Kiros, Hinton, arXiv 1607.06450.
 //
 // With h = y without weight and bias, and g = dy * weight:
-//   dx = r * (g - h * mean(g * h))             rms_norm
+//   dx = r * (g - h * mean(g * h))             rms_norm; add_rms_norm adds ds to it, for x and residual alike
 //   dx = r * (g - mean(g) - h * mean(g * h))   layer_norm
 //   dweight = sum over rows of dy * h,  dbias = sum over rows of dy
 //
@@ -20,6 +22,17 @@ namespace knock {
 /// The weight has x's dtype, or is f32 beside a bf16 x; the result has x's.
 Tensor rms_norm(const Tensor& x, const Tensor& weight = {}, double eps = 1e-6);
 
+struct AddNorm {
+  Tensor sum;     ///< x + residual
+  Tensor normed;  ///< rms_norm(sum, weight, eps)
+};
+
+/// A residual connection and the norm behind it in one pass: x and residual have one shape (..., n) and dtype, the
+/// weight is as rms_norm's.
+///
+///   const auto [h, normed] = add_rms_norm(attention_out, h_before, weight);
+AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight = {}, double eps = 1e-6);
+
 /// x (..., n) shifted and scaled to mean 0 and variance 1 along the last axis, times weight (n), plus bias (n).
 /// Undefined ones are none. Both have x's dtype, or are f32 beside a bf16 x; the result has x's.
 Tensor layer_norm(const Tensor& x, const Tensor& weight = {}, const Tensor& bias = {}, double eps = 1e-5);
@@ -27,8 +40,18 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight = {}, const Tensor& bias
 /// The same functions written with other ops: documentation, oracle, and what create_graph differentiates.
 namespace composite {
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps);
 Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps);
 }  // namespace composite
+
+namespace detail {  // for norm_rope.hpp
+void check_norm(const char* op, const Tensor& x, const char* name, const Tensor& parameter);
+Tensor norm_parameter(const Tensor& parameter, const Tensor& x);
+Tensor row_stats(const Tensor& x);
+Array array_or_none(const Tensor& tensor);
+Tensor room_for(bool wanted, const Tensor& x, const Shape& shape, DType dtype);
+Tensor in_dtype(const Tensor& gradient, const Tensor& of);
+}  // namespace detail
 
 }  // namespace knock
 
@@ -37,6 +60,9 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
 #include <knock/ops/binary.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
+#include <knock/ops/view.hpp>
+
+#include <utility>
 
 namespace knock {
 namespace detail {
@@ -59,6 +85,13 @@ KNOCK_FUNC Tensor norm_parameter(const Tensor& parameter, const Tensor& x) {
 
 KNOCK_FUNC Array array_or_none(const Tensor& tensor) { return tensor.defined() ? tensor.array() : Array(); }
 
+/// One number for each row along the last axis, in the compute type.
+KNOCK_FUNC Tensor row_stats(const Tensor& x) {
+  Shape rows = x.shape();
+  rows.erase(rows.rank() - 1);
+  return empty(rows, {compute_dtype(x.dtype()), x.device()});
+}
+
 /// Room for a gradient in the compute type, undefined where it is not wanted.
 KNOCK_FUNC Tensor room_for(bool wanted, const Tensor& x, const Shape& shape, DType dtype) {
   return wanted ? empty(shape, {dtype, x.device()}) : Tensor();
@@ -68,14 +101,23 @@ KNOCK_FUNC Tensor in_dtype(const Tensor& gradient, const Tensor& of) {
   return gradient.defined() ? gradient.to(of.dtype()) : gradient;
 }
 
+/// dx and dweight of rms_norm at x by the formula above, recorded.
+KNOCK_FUNC std::pair<Tensor, Tensor> rms_norm_gradients(const Tensor& x, const Tensor& weight, const Tensor& dy,
+                                                        double eps) {
+  const Tensor wide = x.to(compute_dtype(x.dtype())), up = dy.to(wide.dtype());
+  const Tensor r = rsqrt(mean(square(wide), {-1}, true) + eps), h = wide * r;
+  const Tensor g = weight.defined() ? up * weight : up;
+  const Tensor dx = r * (g - h * mean(g * h, {-1}, true));
+  if (!weight.defined()) return {dx.to(x.dtype()), {}};
+  return {dx.to(x.dtype()), sum((up * h).reshape({-1, x.size(-1)}), {0}).to(weight.dtype())};
+}
+
 }  // namespace detail
 
 KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   detail::check_norm("rms_norm", x, "weight", weight);
   const Tensor y = empty_like(x);
-  Shape rows = x.shape();
-  rows.erase(rows.rank() - 1);
-  const Tensor stats = empty(rows, {compute_dtype(x.dtype()), x.device()});
+  const Tensor stats = detail::row_stats(x);
   kernel(&Backend::rms_norm, "rms_norm", x)(x.array(), {}, detail::array_or_none(detail::norm_parameter(weight, x)),
                                             eps, {}, y.array(), stats.array());
   const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), stats,
@@ -93,6 +135,35 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     return {dx, detail::in_dtype(dw, w)};
   };
   return autograd::record("rms_norm", y, {x, weight}, backward);
+}
+
+KNOCK_FUNC AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  detail::check_norm("add_rms_norm", x, "weight", weight);
+  check(x.shape() == residual.shape() && x.dtype() == residual.dtype(), "add_rms_norm",
+        "x and residual need one shape and dtype, got x ", x, ", residual ", residual);
+  check_same_device("add_rms_norm", {x, residual});
+  const Tensor sum = empty_like(x), normed = empty_like(x), stats = detail::row_stats(x);
+  kernel(&Backend::rms_norm, "add_rms_norm", x)(x.array(), residual.array(),
+                                                detail::array_or_none(detail::norm_parameter(weight, x)), eps,
+                                                sum.array(), normed.array(), stats.array());
+  const auto backward = [sum = autograd::SavedOutput(sum), weight = autograd::Saved(weight), stats,
+                         eps](const autograd::Upstream& up) -> Tensors {
+    if (!up.has(1)) return {up.dy(0), up.dy(0), {}};
+    const Tensor s = sum.get(up), w = weight.get(up), ds = up.has(0) ? up.dy(0) : Tensor(), dy = up.dy(1);
+    if (autograd::is_recording()) {
+      const auto [dx, dw] = detail::rms_norm_gradients(s, w, dy, eps);
+      const Tensor dsum = ds.defined() ? dx + ds : dx;
+      return {dsum, dsum, dw};
+    }
+    const Tensor dx = detail::room_for(up.needs(0) || up.needs(1), s, s.shape(), s.dtype());
+    const Tensor dw = detail::room_for(up.needs(2), s, {s.shape().back()}, stats.dtype());
+    kernel(&Backend::rms_norm_backward, "add_rms_norm", s)(
+        s.array(), detail::array_or_none(detail::norm_parameter(w, s)), stats.array(), dy.array(),
+        detail::array_or_none(ds), detail::array_or_none(dx), detail::array_or_none(dw));
+    return {dx, dx, detail::in_dtype(dw, w)};
+  };
+  autograd::record("add_rms_norm", {sum, normed}, {x, residual, weight}, backward);
+  return {sum, normed};
 }
 
 KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
@@ -132,6 +203,11 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   Tensor y = wide * rsqrt(mean(square(wide), {-1}, true) + eps);
   if (weight.defined()) y = y * weight;
   return y.to(x.dtype());
+}
+
+KNOCK_FUNC AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  const Tensor sum = x + residual;
+  return {sum, composite::rms_norm(sum, weight, eps)};
 }
 
 KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {

@@ -20,6 +20,10 @@ struct RopeOptions {
 /// even. The result keeps the memory order of x's axes, so that a transposed view needs no copy before or after.
 Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options = {});
 
+namespace detail {  // for norm_rope.hpp
+void check_rope(const char* op, const Tensor& x, const Tensor& positions, RopeOptions options);
+}
+
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_ROPE)
@@ -28,6 +32,18 @@ Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options = {});
 
 namespace knock {
 namespace detail {
+
+KNOCK_FUNC void check_rope(const char* op, const Tensor& x, const Tensor& positions, RopeOptions options) {
+  check(is_float(x.dtype()) && x.rank() >= 2, op, "needs floating x (..., T, D), got ", x);
+  check(x.size(-1) % 2 == 0, op, "the last axis must be even, got ", x);
+  check(positions.dtype() == DType::i64, op, "positions must be i64, got ", positions);
+  check(positions.rank() == 1
+            ? positions.size(0) == x.size(-2)
+            : positions.rank() == 2 && x.rank() >= 3 && positions.shape() == Shape{x.size(0), x.size(-2)},
+        op, "positions ", positions, " must be (T) or (B, T) for x ", x);
+  check(options.theta > 0, op, "theta must be positive, got ", options.theta);
+  check_same_device(op, {x, positions});
+}
 
 KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options, bool inverse) {
   const Tensor y = empty_in_order_of(x, x.shape());
@@ -43,15 +59,7 @@ KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions opt
 }  // namespace detail
 
 KNOCK_FUNC Tensor rope(const Tensor& x, const Tensor& positions, RopeOptions options) {
-  check(is_float(x.dtype()) && x.rank() >= 2, "rope", "needs floating x (..., T, D), got ", x);
-  check(x.size(-1) % 2 == 0, "rope", "the last axis must be even, got ", x);
-  check(positions.dtype() == DType::i64, "rope", "positions must be i64, got ", positions);
-  check(positions.rank() == 1
-            ? positions.size(0) == x.size(-2)
-            : positions.rank() == 2 && x.rank() >= 3 && positions.shape() == Shape{x.size(0), x.size(-2)},
-        "rope", "positions ", positions, " must be (T) or (B, T) for x ", x);
-  check(options.theta > 0, "rope", "theta must be positive, got ", options.theta);
-  check_same_device("rope", {x, positions});
+  detail::check_rope("rope", x, positions, options);
   return detail::rope(x, positions, options, false);
 }
 

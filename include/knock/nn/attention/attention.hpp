@@ -5,6 +5,7 @@
 #include <knock/nn/attention/options.hpp>
 #include <knock/nn/linear.hpp>
 #include <knock/nn/module.hpp>
+#include <knock/nn/norm.hpp>
 
 namespace knock::nn {
 
@@ -68,8 +69,8 @@ class Attention : public Module {
   std::unique_ptr<KnockLayer> make_knock(const char* name, Knock kind, int64_t dim);
   /// The positions given, or those that continue the cache.
   static Tensor positions_of(const Tensor& x, const AttentionInputs& inputs);
-  /// RoPE on the leading features of x (B, H, T, D); all of them unless the options say less.
-  Tensor rotate(const Tensor& x, const Tensor& positions) const;
+  /// RoPE on the leading features of x (B, H, T, D), all of them unless the options say less, behind `norm` if any.
+  Tensor rotate(const Tensor& x, const Tensor& positions, RMSNorm* norm = nullptr) const;
   /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them.
   static Seen with_past(const Tensors& parts, const AttentionInputs& inputs);
   /// `documents` as (B, T), checked; undefined without.
@@ -108,7 +109,7 @@ Tensor split_heads(const Tensor& x, int64_t dim);
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/matmul.hpp>
-#include <knock/ops/rope.hpp>
+#include <knock/ops/norm_rope.hpp>
 #include <knock/ops/softmax.hpp>
 #include <knock/ops/view.hpp>
 
@@ -185,12 +186,14 @@ KNOCK_FUNC Tensor Attention::positions_of(const Tensor& x, const AttentionInputs
   return arange(past, past + x.size(1), 1, {.dtype = DType::i64, .device = x.device()});
 }
 
-KNOCK_FUNC Tensor Attention::rotate(const Tensor& x, const Tensor& positions) const {
-  if (!options_.rope) return x;
-  const double theta = options_.rope_theta;
+KNOCK_FUNC Tensor Attention::rotate(const Tensor& x, const Tensor& positions, RMSNorm* norm) const {
+  const RopeOptions angles{.theta = options_.rope_theta};
   const int64_t dim = options_.rope_dim, rest = x.size(3) - dim;
-  if (rest == 0) return rope(x, positions, {.theta = theta});
-  return cat({rope(x.narrow(3, 0, dim), positions, {.theta = theta}), x.narrow(3, dim, rest)}, 3);
+  if (norm && options_.rope && rest == 0) return norm_rope(x, positions, beside(x, norm->weight), norm->eps(), angles);
+  const Tensor y = norm ? norm->forward(x) : x;
+  if (!options_.rope) return y;
+  if (rest == 0) return rope(y, positions, angles);
+  return cat({rope(y.narrow(3, 0, dim), positions, angles), y.narrow(3, dim, rest)}, 3);
 }
 
 KNOCK_FUNC Tensor Attention::documents_of(const AttentionInputs& inputs, int64_t batch, int64_t tokens) {

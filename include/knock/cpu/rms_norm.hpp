@@ -1,0 +1,243 @@
+#pragma once
+// RMS norm along the last axis, alone, behind a sum and in front of the rotation of rope.hpp, and the gradients: one
+// pass over memory each.
+//
+// A head has 32 to 128 features, so that what is done once a row matters. Rows are taken in groups: first the sums of
+// their squares, then the roots of all, then their products. A group stays in the first-level cache meanwhile, and rows
+// of bf16 are read as they lie.
+
+#include <knock/core/backend.hpp>
+
+namespace knock::cpu {
+
+void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+              const Array& out_y, const Array& out_stats);
+void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
+                       const Array& out_dx, const Array& out_dweight);
+void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta, bool interleaved,
+               const Array& out_y, const Array& out_stats);
+void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions, double theta,
+                        bool interleaved, const Array& dy, const Array& out_dx, const Array& out_dweight);
+
+}  // namespace knock::cpu
+
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_RMS_NORM)
+#include <knock/cpu/rope_table.hpp>
+#include <knock/cpu/row_group.hpp>
+
+#include <cmath>
+#include <vector>
+
+namespace knock::cpu {
+namespace detail {
+
+/// rstd[r] = 1 / sqrt(mean(x_r^2) + eps)
+template <class C, class T>
+void find_rstd(const GroupRows<T>& x, int64_t rows, int64_t n, double eps, C* rstd) {
+  C squares[max_group] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const row = x[r];
+    squares[r] = row_sum<C>(n, [=](int64_t i) { return static_cast<C>(row[i]) * static_cast<C>(row[i]); });
+  }
+  const C share = 1 / static_cast<C>(n), added = static_cast<C>(eps);
+  KNOCK_SIMD
+  for (int64_t r = 0; r < max_group; ++r) squares[r] = 1 / std::sqrt(squares[r] * share + added);
+  std::copy(squares, squares + rows, rstd);
+}
+
+template <class C, class T>
+void add_rows(const GroupRows<T>& a, const GroupRows<T>& b, int64_t rows, int64_t n, const GroupRows<T>& out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *const left = a[r], *const right = b[r];
+    T* const to = out[r];
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(left[i]) + static_cast<C>(right[i]);
+  }
+}
+
+/// y_r = x_r rstd[r] weight
+template <class C, class T, class Y>
+void scale_rows(const GroupRows<T>& x, int64_t rows, int64_t n, const C* rstd, const C* weight,
+                const GroupRows<Y>& out_y) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const from = x[r];
+    Y* const y = out_y[r];
+    const C scale = rstd[r];
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<C>(from[i]) * scale * weight[i];
+  }
+}
+
+/// With h = x rstd and g = dy weight:  dx = rstd (g - h mean(g h)) + addend,  dweight += dy h.
+template <class C, class T, class D>
+void norm_gradient(const GroupRows<T>& x, int64_t rows, int64_t n, const C* rstd, const C* weight,
+                   const GroupRows<D>& dy, const GroupRows<T>& addend, const GroupRows<T>& out_dx, C* dweight) {
+  C slope[max_group] = {};
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const from = x[r];
+    const D* const up = dy[r];
+    slope[r] = row_sum<C>(n, [=](int64_t i) { return static_cast<C>(up[i]) * weight[i] * static_cast<C>(from[i]); });
+  }
+  for (int64_t r = 0; r < rows; ++r) slope[r] *= rstd[r] * rstd[r] * rstd[r] / static_cast<C>(n);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* const from = x[r];
+    const D* const up = dy[r];
+    T* const dx = out_dx[r];
+    const C scale = rstd[r], back = slope[r];
+    const auto step = [=](int64_t i, C added) {
+      const C value = static_cast<C>(from[i]), upstream = static_cast<C>(up[i]);
+      dx[i] = upstream * weight[i] * scale - value * back + added;
+      dweight[i] += upstream * (value * scale);
+    };
+    if (addend.data) {
+      const T* const more = addend[r];
+      KNOCK_SIMD
+      for (int64_t i = 0; i < n; ++i) step(i, static_cast<C>(more[i]));
+    } else {
+      KNOCK_SIMD
+      for (int64_t i = 0; i < n; ++i) step(i, C(0));
+    }
+  }
+}
+
+/// A weight (n), ones where there is none.
+template <class C>
+class WeightOrOnes {
+ public:
+  WeightOrOnes(const Array& weight, int64_t n)
+      : ones_(weight.defined() ? 0 : static_cast<std::size_t>(n), C(1)),
+        data_(weight.defined() ? weight.as<C>() : ones_.data()) {}
+  const C* data() const { return data_; }
+
+ private:
+  std::vector<C> ones_;
+  const C* data_;
+};
+
+/// The rows of a group of n numbers in a buffer of this thread.
+template <class C>
+struct BufferedRows {
+  std::array<int64_t, max_group> at;
+  explicit BufferedRows(int64_t n) {
+    for (std::size_t r = 0; r < max_group; ++r) at[r] = static_cast<int64_t>(r) * n;
+  }
+  GroupRows<C> rows(C* buffer) const { return {buffer, at.data()}; }
+};
+
+}  // namespace detail
+
+KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+                         const Array& out_y, const Array& out_stats) {
+  using Use = ContiguousRows::Use;
+  const ContiguousRows given(x, Use::read), more(addend, Use::read), sum(out_sum, Use::write), y(out_y, Use::write);
+  const bool adds = addend.defined();
+  const Array& in = given.rows;
+  const int64_t n = in.shape.back(), group = group_size(n);
+  const RowWalk<4> walk({in, adds ? more.rows : in, adds ? sum.rows : in, y.rows});
+  dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const detail::WeightOrOnes<C> scale(weight, n);
+    parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+      walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
+        GroupRows<T> from = group_of<T>(in, at[0]);
+        if (adds) {
+          const GroupRows<T> to = group_of<T>(sum.rows, at[2]);
+          detail::add_rows<C>(from, group_of<T>(more.rows, at[1]), rows, n, to);
+          from = to;
+        }
+        C* const rstd = out_stats.as<C>() + first;
+        detail::find_rstd(from, rows, n, eps, rstd);
+        detail::scale_rows(from, rows, n, rstd, scale.data(), group_of<T>(y.rows, at[3]));
+      });
+    });
+  });
+  sum.write_back();
+  y.write_back();
+}
+
+KNOCK_FUNC void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy,
+                                  const Array& addend, const Array& out_dx, const Array& out_dweight) {
+  using Use = ContiguousRows::Use;
+  const ContiguousRows given(x, Use::read), upstream(dy, Use::read), more(addend, Use::read), dx(out_dx, Use::write);
+  const bool adds = addend.defined(), wants_dx = out_dx.defined();
+  const Array& in = given.rows;
+  const int64_t n = in.shape.back(), group = group_size(n);
+  const RowWalk<4> walk({in, upstream.rows, adds ? more.rows : in, wants_dx ? dx.rows : in});
+  dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const detail::WeightOrOnes<C> scale(weight, n);
+    const detail::BufferedRows<T> unwanted(0);
+    const RowSums<C> sums(walk.count(), n);
+    parallel_rows(walk.count(), sums.rows_per_part(), [&](int64_t begin, int64_t end) {
+      C* const dweight = sums.part(begin);
+      std::vector<T> nowhere(wants_dx ? 0 : static_cast<std::size_t>(n));
+      walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
+        detail::norm_gradient(group_of<T>(in, at[0]), rows, n, stats.as<C>() + first, scale.data(),
+                              group_of<T>(upstream.rows, at[1]), group_of<T>(more.rows, at[2]),
+                              wants_dx ? group_of<T>(dx.rows, at[3]) : unwanted.rows(nowhere.data()), dweight);
+      });
+    });
+    if (out_dweight.defined()) sums.add_up(out_dweight.as<C>());
+  });
+  dx.write_back();
+}
+
+KNOCK_FUNC void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
+                          bool interleaved, const Array& out_y, const Array& out_stats) {
+  using Use = ContiguousRows::Use;
+  const ContiguousRows in(x, Use::read), y(out_y, Use::write);
+  const int64_t n = x.shape.back(), group = group_size(n);
+  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const detail::WeightOrOnes<C> scale(weight, n);
+    const detail::RopeTable<C> table(x, positions, theta, false);
+    const RowWalk<3> walk({in.rows, y.rows, table.rows()});
+    const detail::BufferedRows<C> normed(n);
+    parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
+      C* const buffer = row_scratch<C>(group * n);
+      walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
+        const GroupRows<T> from = group_of<T>(in.rows, at[0]);
+        C* const rstd = out_stats.as<C>() + first;
+        detail::find_rstd(from, rows, n, eps, rstd);
+        detail::scale_rows(from, rows, n, rstd, scale.data(), normed.rows(buffer));
+        detail::rotate_rows(normed.rows(buffer), rows, n / 2, interleaved, table, at[2], group_of<T>(y.rows, at[1]));
+      });
+    });
+  });
+  y.write_back();
+}
+
+KNOCK_FUNC void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions,
+                                   double theta, bool interleaved, const Array& dy, const Array& out_dx,
+                                   const Array& out_dweight) {
+  using Use = ContiguousRows::Use;
+  const ContiguousRows in(x, Use::read), upstream(dy, Use::read), dx(out_dx, Use::write);
+  const bool wants_dx = out_dx.defined();
+  const int64_t n = x.shape.back(), group = group_size(n);
+  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const detail::WeightOrOnes<C> scale(weight, n);
+    const detail::RopeTable<C> table(x, positions, theta, true);
+    const RowWalk<4> walk({in.rows, upstream.rows, wants_dx ? dx.rows : in.rows, table.rows()});
+    const detail::BufferedRows<C> turned(n);
+    const detail::BufferedRows<T> unwanted(0);
+    const RowSums<C> sums(walk.count(), n);
+    parallel_rows(walk.count(), sums.rows_per_part(), [&](int64_t begin, int64_t end) {
+      C* const dweight = sums.part(begin);
+      C* const buffer = row_scratch<C>(group * n);
+      std::vector<T> nowhere(wants_dx ? 0 : static_cast<std::size_t>(n));
+      walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
+        detail::rotate_rows(group_of<T>(upstream.rows, at[1]), rows, n / 2, interleaved, table, at[3],
+                            turned.rows(buffer));
+        detail::norm_gradient(group_of<T>(in.rows, at[0]), rows, n, stats.as<C>() + first, scale.data(),
+                              turned.rows(buffer), GroupRows<T>{nullptr, nullptr},
+                              wants_dx ? group_of<T>(dx.rows, at[2]) : unwanted.rows(nowhere.data()), dweight);
+      });
+    });
+    if (out_dweight.defined()) sums.add_up(out_dweight.as<C>());
+  });
+  dx.write_back();
+}
+
+}  // namespace knock::cpu
+#endif
