@@ -1,8 +1,12 @@
-// Numerics and errors of the norms; values, gradients and shapes are checked by the op table.
+// Numerics, strides and errors of the norms; values, gradients and shapes are checked by the op table.
 #include <knock/ops/norm.hpp>
 
 #include <doctest/doctest.h>
+#include <knock/autograd/gradcheck.hpp>
+#include <knock/core/parallel.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/reduce.hpp>
+#include <knock/ops/view.hpp>
 #include <support/compare.hpp>
 
 using namespace knock;
@@ -60,7 +64,112 @@ TEST_CASE("norms: an f32 weight beside bf16 rows is used unrounded and takes an 
       [](const Tensor& in, const Tensor& weight, const Tensor& bias) { return layer_norm(in, weight, bias); });
 }
 
+namespace {
+
+/// Whether two sets of outputs and gradients agree to f64's accuracy.
+void check_same(const Tensors& fused, const Tensors& expected, const Tensors& inputs, const Tensors& upstream) {
+  const auto gradients = [&](const Tensors& y) {
+    return autograd::grad(y, inputs, {.retain_graph = true, .upstream = upstream});
+  };
+  const Tensors dx = gradients(fused), expected_dx = gradients(expected);
+  for (std::size_t i = 0; i < fused.size(); ++i) CHECK(distance(fused[i], expected[i]) < 1e-13);
+  for (std::size_t i = 0; i < inputs.size(); ++i) CHECK(distance(dx[i], expected_dx[i]) < 1e-13);
+}
+
+Tensor wide(const Shape& shape) { return randn(shape, {.dtype = DType::f64}); }
+Tensor leaf(const Shape& shape) { return wide(shape).requires_grad_(); }
+
+}  // namespace
+
+TEST_CASE("norms: rows in any memory order, of both operands and of the upstream gradients") {
+  manual_seed(5);
+  for (const int64_t n : {1, 7, 16, 33, 64, 300}) {
+    CAPTURE(n);
+    const Tensor w = leaf({n}), swapped = leaf({5, 4, 3, n}), dense = leaf({4, 5, 3, n}), last = leaf({4, 5, n, 3});
+    const Tensor shared = leaf({3, n});
+    const Tensors views{swapped.transpose(0, 1), dense, last.transpose(2, 3), shared.expand({4, 5, 3, n})};
+    const Tensor up = wide({5, 4, 3, n}).transpose(0, 1), up_last = wide({4, 5, n, 3}).transpose(2, 3);
+    for (const Tensor& x : views) {
+      check_same({rms_norm(x, w)}, {composite::rms_norm(x, w, 1e-6)}, {x, w}, {up});
+      for (const Tensor& residual : views) {
+        const AddNorm fused = add_rms_norm(x, residual, w), expected = composite::add_rms_norm(x, residual, w, 1e-6);
+        check_same({fused.sum, fused.normed}, {expected.sum, expected.normed}, {x, residual, w}, {up, up_last});
+        check_same({fused.normed}, {expected.normed}, {x, residual, w}, {up_last});
+      }
+    }
+  }
+}
+
+TEST_CASE("add_rms_norm: a gradient of the sum alone, and of some inputs alone") {
+  manual_seed(6);
+  const Tensor x = leaf({9, 32}), residual = leaf({9, 32}), w = leaf({32}), up = wide({9, 32});
+  const auto both = add_rms_norm(x, residual, w);
+  for (const Tensor& dx : autograd::grad({both.sum}, {x, residual}, {.retain_graph = true, .upstream = {up}}))
+    CHECK(test::same_bits(dx, up));
+  const auto all = autograd::grad({both.sum, both.normed}, {x, residual, w}, {.upstream = {up, up * 2}});
+  for (const Tensors& only : {Tensors{x}, Tensors{residual}, Tensors{w}}) {
+    const auto wants = [&](const Tensor& t) { return &t.impl() == &only[0].impl() ? t : t.detach(); };
+    const AddNorm made = add_rms_norm(wants(x), wants(residual), wants(w));
+    const Tensor found = autograd::grad({made.sum, made.normed}, only, {.upstream = {up, up * 2}})[0];
+    const std::size_t at = &only[0].impl() == &x.impl() ? 0 : &only[0].impl() == &residual.impl() ? 1 : 2;
+    CHECK(test::same_bits(found, all[at]));
+  }
+}
+
+TEST_CASE("add_rms_norm: the bits of a sum and a norm of it") {
+  manual_seed(7);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    const Tensor x = randn({37, 96}).to(dtype), residual = randn({37, 96}).to(dtype), w = randn({96});
+    const AddNorm fused = add_rms_norm(x, residual, w);
+    CHECK(test::same_bits(fused.sum, x + residual));
+    CHECK(test::same_bits(fused.normed, rms_norm(x + residual, w)));
+  }
+}
+
+TEST_CASE("rms_norm: the same bits for any number of threads, long and short rows") {
+  const int threads = num_threads();
+  for (const int64_t n : {32, 5000}) {
+    const Tensor x = randn({400000 / n, n}).to(DType::bf16).requires_grad_(),
+                 residual = randn(x.shape()).to(DType::bf16);
+    const Tensor w = randn({n}).requires_grad_(), up = randn(x.shape()).to(DType::bf16);
+    const auto run = [&](int count) {
+      set_num_threads(count);
+      const AddNorm y = add_rms_norm(x, residual, w);
+      const Tensors dx = autograd::grad({y.sum, y.normed}, {x, w}, {.upstream = {up, up}});
+      return Tensors{y.sum, y.normed, dx[0], dx[1]};
+    };
+    const Tensors one = run(1), three = run(3);
+    for (std::size_t i = 0; i < one.size(); ++i) CHECK(test::same_bits(one[i], three[i]));
+  }
+  set_num_threads(threads);
+}
+
+TEST_CASE("add_rms_norm: gradients of gradients") {
+  manual_seed(8);
+  const Tensors in{leaf({3, 5}), leaf({3, 5}), leaf({5})};
+  const auto second = autograd::gradcheck(
+      [&](const Tensors& x) -> Tensors {
+        const autograd::RecordingGuard recording(true);
+        const AddNorm y = add_rms_norm(x[0], x[1], x[2], 1e-3);
+        return autograd::grad({sum(y.sum * y.sum * y.normed)}, x, {.create_graph = true});
+      },
+      in, {.tolerance = 1e-5});
+  CHECK_MESSAGE(second.ok, second.report);
+}
+
 TEST_CASE("norms: errors") {
+  CHECK(test::contains(test::error_of([] {
+                         add_rms_norm(zeros({2, 3}), zeros({3}));
+                       }),
+                       "[add_rms_norm] x and residual need one shape and dtype, got x (2, 3) f32 cpu, residual (3,)"));
+  CHECK(test::contains(test::error_of([] {
+                         add_rms_norm(zeros({2, 3}), zeros({2, 3}, {DType::f64}));
+                       }),
+                       "[add_rms_norm] x and residual need one shape and dtype"));
+  CHECK(test::contains(test::error_of([] {
+                         add_rms_norm(zeros({2, 3}), zeros({2, 3}), ones({2}));
+                       }),
+                       "[add_rms_norm] weight (2,) f32 cpu does not fit"));
   CHECK(test::error_of([] {
           rms_norm(zeros({2, 3}), ones({2}));
         }) == "[rms_norm] weight (2,) f32 cpu does not fit the last axis of input (2, 3) f32 cpu");

@@ -1,10 +1,14 @@
-// Rotary position embedding against its formula in f64.
+// Rotary position embedding against its formula in f64, alone and behind a norm.
 #include <knock/autograd/engine.hpp>
 #include <knock/autograd/gradcheck.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/norm.hpp>
+#include <knock/ops/norm_rope.hpp>
+#include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/rope.hpp>
+#include <knock/ops/view.hpp>
 
 #include <doctest/doctest.h>
 
@@ -100,6 +104,75 @@ TEST_CASE("rope: the same bits for any number of threads") {
   set_num_threads(3);
   CHECK(test::same_bits(one, rope(x, arange(700))));
   set_num_threads(threads);
+}
+
+TEST_CASE("norm_rope: equals a norm and a rotation in any memory order, with its gradients") {
+  manual_seed(5);
+  const Tensor per_token = arange(5, 11), per_batch = from_data(positions, {2, 6});
+  for (const int64_t n : {2, 6, 32, 34, 64, 128})
+    for (const bool interleaved : {false, true}) {
+      CAPTURE(n);
+      const RopeOptions options{.interleaved = interleaved};
+      const auto leaf = [](const Shape& shape) { return randn(shape, {.dtype = DType::f64}).requires_grad_(); };
+      const Tensor w = leaf({n}), heads = leaf({2, 6, 3, n}), dense = leaf({2, 3, 6, n}), last = leaf({2, 3, n, 6});
+      const Tensor up = randn({6, 2, 3, n}, {.dtype = DType::f64}).permute({1, 2, 0, 3});
+      for (const Tensor& x : {heads.transpose(1, 2), dense, last.transpose(2, 3)})
+        for (const Tensor& at : {per_token, per_batch})
+          for (const Tensor& weight : {w, Tensor()}) {
+            const Tensor y = norm_rope(x, at, weight, 1e-5, options);
+            const Tensor z = rope(rms_norm(x, weight, 1e-5), at, options);
+            CHECK(test::distance(y, z) < 1e-13);
+            CHECK(y.strides() == x.strides());
+            const Tensors inputs = weight.defined() ? Tensors{x, w} : Tensors{x};
+            const Tensors dx = autograd::grad({y}, inputs, {.upstream = {up}}),
+                          expected_dx = autograd::grad({z}, inputs, {.upstream = {up}});
+            for (std::size_t i = 0; i < inputs.size(); ++i) CHECK(test::distance(dx[i], expected_dx[i]) < 1e-13);
+          }
+    }
+}
+
+TEST_CASE("norm_rope: bf16 rows are rounded once, beside an f32 weight that takes an f32 gradient") {
+  manual_seed(6);
+  const Tensor x = randn({2, 3, 6, 64}).to(DType::bf16).requires_grad_(), w = randn({64}).requires_grad_();
+  const Tensor wide_x = x.detach().to(DType::f64).requires_grad_(), wide_w = w.detach().to(DType::f64).requires_grad_();
+  const Tensor up = randn(x.shape()).to(DType::bf16), at = from_data(positions, {2, 6});
+  const Tensor y = norm_rope(x, at, w), z = norm_rope(wide_x, at, wide_w);
+  CHECK(y.dtype() == DType::bf16);
+  const Tensor spacing = abs(z.detach()) / 256 + 1e-6;  // half a unit in the last place at most
+  CHECK(all(abs(y.detach().to(DType::f64) - z.detach()) <= spacing).item<uint8_t>() == 1);
+  y.backward(up);
+  z.backward(up.to(DType::f64));
+  CHECK(w.grad().dtype() == DType::f32);
+  CHECK(test::distance(w.grad(), wide_w.grad()) < 1e-6);
+  CHECK(test::distance(x.grad(), wide_x.grad()) < 1e-2);
+  const Tensor fixed_x = x.detach(), fixed_w = w.detach();  // one of them alone
+  CHECK(test::same_bits(autograd::grad({norm_rope(fixed_x, at, w)}, {w}, {.upstream = {up}})[0], w.grad()));
+  CHECK(test::same_bits(autograd::grad({norm_rope(x, at, fixed_w)}, {x}, {.upstream = {up}})[0], x.grad()));
+}
+
+TEST_CASE("norm_rope: the same bits for any number of threads") {
+  const Tensor x = randn({4, 700, 8, 32}).to(DType::bf16).requires_grad_(), w = randn({32}).requires_grad_();
+  const int threads = num_threads();
+  const auto run = [&](int count) {
+    set_num_threads(count);
+    const Tensor y = norm_rope(x.transpose(1, 2), arange(700), w);
+    const Tensors dx = autograd::grad({y}, {x, w}, {.upstream = {y.detach() + 1}});
+    return Tensors{y, dx[0], dx[1]};
+  };
+  const Tensors one = run(1), three = run(3);
+  for (std::size_t i = 0; i < one.size(); ++i) CHECK(test::same_bits(one[i], three[i]));
+  set_num_threads(threads);
+}
+
+TEST_CASE("norm_rope: errors") {
+  const Tensor x = zeros({2, 3, 4}), at = arange(3);
+  CHECK(test::error_of([&] { norm_rope(x, at, ones({3})); }) ==
+        "[norm_rope] weight (3,) f32 cpu does not fit the last axis of input (2, 3, 4) f32 cpu");
+  CHECK(test::contains(test::error_of([&] { norm_rope(x, arange(4)); }), "[norm_rope] positions (4,) i64 cpu must be"));
+  CHECK(test::contains(test::error_of([&] {
+                         norm_rope(zeros({3, 5}), at);
+                       }),
+                       "[norm_rope] the last axis must be even"));
 }
 
 TEST_CASE("rope: errors") {

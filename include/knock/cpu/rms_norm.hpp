@@ -133,18 +133,14 @@ KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weigh
   const bool adds = addend.defined();
   const Array& in = given.rows;
   const int64_t n = in.shape.back(), group = group_size(n);
-  const RowWalk<4> walk({in, adds ? more.rows : in, adds ? sum.rows : in, y.rows});
+  const RowWalk<4> walk({adds ? sum.rows : in, in, adds ? more.rows : in, y.rows});
   dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
     const detail::WeightOrOnes<C> scale(weight, n);
     parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
-        GroupRows<T> from = group_of<T>(in, at[0]);
-        if (adds) {
-          const GroupRows<T> to = group_of<T>(sum.rows, at[2]);
-          detail::add_rows<C>(from, group_of<T>(more.rows, at[1]), rows, n, to);
-          from = to;
-        }
+        const GroupRows<T> from = group_of<T>(adds ? sum.rows : in, at[0]);
+        if (adds) detail::add_rows<C>(group_of<T>(in, at[1]), group_of<T>(more.rows, at[2]), rows, n, from);
         C* const rstd = out_stats.as<C>() + first;
         detail::find_rstd(from, rows, n, eps, rstd);
         detail::scale_rows(from, rows, n, rstd, scale.data(), group_of<T>(y.rows, at[3]));
@@ -192,15 +188,20 @@ KNOCK_FUNC void norm_rope(const Array& x, const Array& weight, double eps, const
     const detail::WeightOrOnes<C> scale(weight, n);
     const detail::RopeTable<C> table(x, positions, theta, false);
     const RowWalk<3> walk({in.rows, y.rows, table.rows()});
-    const detail::BufferedRows<C> normed(n);
     parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
-      C* const buffer = row_scratch<C>(group * n);
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
         const GroupRows<T> from = group_of<T>(in.rows, at[0]);
         C* const rstd = out_stats.as<C>() + first;
         detail::find_rstd(from, rows, n, eps, rstd);
-        detail::scale_rows(from, rows, n, rstd, scale.data(), normed.rows(buffer));
-        detail::rotate_rows(normed.rows(buffer), rows, n / 2, interleaved, table, at[2], group_of<T>(y.rows, at[1]));
+        const GroupRows<T> to = group_of<T>(y.rows, at[1]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const row = from[r];
+          const C* const w = scale.data();
+          const C factor = rstd[r];
+          detail::rotate_row(
+              table, at[2][static_cast<std::size_t>(r)], n / 2, interleaved,
+              [=](int64_t k) { return static_cast<C>(row[k]) * factor * w[k]; }, to[r]);
+        }
       });
     });
   });
@@ -227,8 +228,13 @@ KNOCK_FUNC void norm_rope_backward(const Array& x, const Array& weight, const Ar
       C* const buffer = row_scratch<C>(group * n);
       std::vector<T> nowhere(wants_dx ? 0 : static_cast<std::size_t>(n));
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
-        detail::rotate_rows(group_of<T>(upstream.rows, at[1]), rows, n / 2, interleaved, table, at[3],
-                            turned.rows(buffer));
+        const GroupRows<T> from = group_of<T>(upstream.rows, at[1]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const row = from[r];
+          detail::rotate_row(
+              table, at[3][static_cast<std::size_t>(r)], n / 2, interleaved,
+              [=](int64_t i) { return static_cast<C>(row[i]); }, buffer + r * n);
+        }
         detail::norm_gradient(group_of<T>(in.rows, at[0]), rows, n, stats.as<C>() + first, scale.data(),
                               turned.rows(buffer), GroupRows<T>{nullptr, nullptr},
                               wants_dx ? group_of<T>(dx.rows, at[2]) : unwanted.rows(nowhere.data()), dweight);

@@ -28,8 +28,13 @@ KNOCK_FUNC void rope(const Array& x, const Array& positions, double theta, bool 
     const RowWalk<3> walk({in.rows, to.rows, table.rows()});
     parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
       walk.groups(begin, end, group_size(n), [&](int64_t, int64_t rows, const auto& at) {
-        detail::rotate_rows(group_of<T>(in.rows, at[0]), rows, n / 2, interleaved, table, at[2],
-                            group_of<T>(to.rows, at[1]));
+        const GroupRows<T> from = group_of<T>(in.rows, at[0]), rotated = group_of<T>(to.rows, at[1]);
+        for (int64_t r = 0; r < rows; ++r) {
+          const T* const row = from[r];
+          detail::rotate_row(
+              table, at[2][static_cast<std::size_t>(r)], n / 2, interleaved,
+              [=](int64_t i) { return static_cast<compute_t<T>>(row[i]); }, rotated[r]);
+        }
       });
     });
   });

@@ -106,27 +106,22 @@ class RopeTable {
   Array rows_;  // (..., T, D) as x; strides are those of the positions
 };
 
-/// (a, b) -> (a cos - b sin, b cos + a sin) for the pairs of each row, row r by the angles at[r].
-template <class C, class From, class To>
-void rotate_rows(const GroupRows<From>& x, int64_t rows, int64_t half, bool interleaved, const RopeTable<C>& table,
-                 const std::array<int64_t, max_group>& at, const GroupRows<To>& out) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const From* const from = x[r];
-    To* const to = out[r];
-    const C *const c = table.cosines(at[static_cast<std::size_t>(r)]), *const s =
-                                                                           table.sines(at[static_cast<std::size_t>(r)]);
-    const auto rotate = [=](int64_t pair, int64_t first, int64_t second) {
-      const C a = static_cast<C>(from[first]), b = static_cast<C>(from[second]);
-      to[first] = a * c[pair] - b * s[pair];
-      to[second] = b * c[pair] + a * s[pair];
-    };
-    if (interleaved) {
-      KNOCK_SIMD
-      for (int64_t i = 0; i < half; ++i) rotate(i, 2 * i, 2 * i + 1);
-    } else {
-      KNOCK_SIMD
-      for (int64_t i = 0; i < half; ++i) rotate(i, i, i + half);
-    }
+/// (a, b) -> (a cos - b sin, b cos + a sin) for the pairs of a row of x(0), x(1), ..., by the angles at this place of
+/// the table.
+template <class C, class X, class To>
+void rotate_row(const RopeTable<C>& table, int64_t at, int64_t half, bool interleaved, const X& x, To* to) {
+  const C *const c = table.cosines(at), *const s = table.sines(at);
+  const auto rotate = [=](int64_t pair, int64_t first, int64_t second) {
+    const C a = x(first), b = x(second);
+    to[first] = a * c[pair] - b * s[pair];
+    to[second] = b * c[pair] + a * s[pair];
+  };
+  if (interleaved) {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < half; ++i) rotate(i, 2 * i, 2 * i + 1);
+  } else {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < half; ++i) rotate(i, i, i + half);
   }
 }
 

@@ -64,18 +64,19 @@ class RowWalk {
       for (std::size_t k = 0; k < K; ++k) at[k] += rest % nest_.shape[axis] * nest_.strides[k][axis];
       rest /= nest_.shape[axis];
     }
+    std::array<int64_t, K> steps;
+    for (std::size_t k = 0; k < K; ++k) steps[k] = nest_.strides[k][inner];
     Offsets offsets;
     for (int64_t first = begin; first < end; first += size) {
       const int64_t rows = std::min(size, end - first);
       for (int64_t r = 0; r < rows;) {  // up to the end of the group or of the innermost axis
         int64_t& i = index[static_cast<std::size_t>(inner)];
         const int64_t run = std::min(rows - r, nest_.shape[inner] - i);
-        for (std::size_t k = 0; k < K; ++k) {
-          const int64_t step = nest_.strides[k][inner];
-          for (int64_t j = 0; j < run; ++j) offsets[k][static_cast<std::size_t>(r + j)] = at[k] + j * step;
-          at[k] += run * step;
-        }
-        r += run;
+        for (const int64_t last = r + run; r < last; ++r)
+          for (std::size_t k = 0; k < K; ++k) {
+            offsets[k][static_cast<std::size_t>(r)] = at[k];
+            at[k] += steps[k];
+          }
         i += run;
         if (i == nest_.shape[inner]) carry(index, at);
       }
