@@ -741,6 +741,31 @@ op(
     case(V([[1000.0, 0.0, -1000.0], [0.0, 1000.0, 1000.0]]), X([0, 2])),
     case(V([[1.0, -INF, 2.0], [NAN, 0.0, 1.0], [0.5, 2.0, INF]]), X([0, 1, 2]), reduction="none", grad=False,
          name="special"))
+
+
+def linear_cross_entropy(x, a):
+    logits = F.linear(x[0], x[1]).reshape(-1, x[1].shape[0])
+    loss = cross_entropy([logits, x[2].reshape(-1)], a)
+    return loss.reshape(x[2].shape) if reduction(a) == "none" else loss
+
+
+op(
+    "linear_cross_entropy", linear_cross_entropy, case(R(6, 4), R(5, 4), T5),
+    case(R(6, 4), R(5, 4), T5, reduction="sum"), case(R(6, 4), R(5, 4), T5, reduction="none"),
+    case(R(6, 4), R(5, 4), X([1, -100, 4, -100, 1, 3])),
+    case(R(6, 4), R(5, 4), X([1, 2, 4, 2, 1, 3]), ignore_index=2, label_smoothing=0.3),
+    case(R(6, 4), R(5, 4), X([1, 2, 4, 2, 1, 3]), ignore_index=2, reduction="none"),
+    case(R(6, 4), R(5, 4), T5, label_smoothing=0.2, reduction="sum"),
+    case(R(2, 3, 4), R(5, 4), X([[1, 0, 4], [2, -100, 3]])),
+    case(R(2, 3, 4), R(5, 4), X([[1, 0, 4], [2, -100, 3]]), label_smoothing=0.1, reduction="none"),
+    case(R(2, 1, 3, 7), R(37, 7), X([[[36, 0, 7]], [[7, 7, 20]]]), reduction="sum"), case(R(4), R(5, 4), X(3)),
+    case(R(4), R(5, 4), X(3), reduction="none"), case(R(1, 1), R(1, 1), X([0])),
+    case(R(0, 4), R(5, 4), X([], (0,)), reduction="sum"), case(R(0, 4), R(5, 4), X([], (0,)), reduction="none"),
+    case(R(0, 4), R(5, 4), X([], (0,)), grad=False, name="empty"),
+    case(R(2, 4), R(5, 4), X([-100, -100]), grad=False, name="all ignored"),
+    case(V([[500.0, -500.0], [0.0, 500.0]]), V([[1.0, -1.0], [0.0, 0.5], [-1.0, 1.0]]), X([0, 2])),
+    case(V([[1.0, -INF], [NAN, 0.0], [2.0, 0.5]]), V([[1.0, 0.5], [0.5, 1.0]]), X([0, 1, 1]), reduction="none",
+         grad=False, name="special"))
 op("nll_loss", lambda x, a: F.nll_loss(x[0], x[1], ignore_index=a.get("ignore_index", -100), reduction=reduction(a)),
    case(R(6, 5), T5), case(R(6, 5), T5, reduction="sum"), case(R(6, 5), T5, reduction="none"),
    case(R(6, 5), X([1, -100, 4, -100, 1, 3])), case(R(6, 5), X([1, 2, 4, 2, 1, 3]), ignore_index=2, reduction="none"),
@@ -773,6 +798,19 @@ op("rms_norm", rms_norm, case(R(3, 8), R(8)), case(R(3, 8), None), case(R(2, 3, 
    case(R(0, 4), R(4)), case(R(2, 37), R(37)), case(R(40, 3), R(3)), case(R(3, 1), R(1), eps=1e-2),
    case(R(2, 3, 2, 8), R(8)),
    case(V([[1.0, NAN, 2.0], [1.0, INF, 2.0], [0.0, 0.0, 0.0]]), None, name="special", grad=False))
+
+
+def add_rms_norm(x, a):
+    s = x[0] + x[1]
+    return s, rms_norm([s, x[2]], a)
+
+
+op("add_rms_norm", add_rms_norm, case(R(3, 8), R(3, 8), R(8)), case(R(3, 8), R(3, 8), None),
+   case(R(2, 3, 5), R(2, 3, 5), R(5), eps=1e-3), case(R(7), R(7), R(7)), case(R(0, 4), R(0, 4), R(4)),
+   case(R(2, 37), R(2, 37), R(37)), case(R(19, 32), R(19, 32), R(32)), case(R(3, 1), R(3, 1), R(1), eps=1e-2),
+   case(R(2, 3, 2, 8), R(2, 3, 2, 8), R(8)),
+   case(V([[1.0, NAN, 2.0], [1.0, INF, 2.0], [0.0, 0.0, 0.0]]), V([[1.0, 2.0, 3.0], [1.0, 2.0, -INF], [0.0, 0.0, 0.0]]),
+        None, name="special", grad=False))
 op(
     "dropout", lambda x, a:
     (None
@@ -804,6 +842,15 @@ op("rope", rope, case(R(2, 3, 5, 8), X([0, 1, 2, 3, 4])), case(R(2, 3, 5, 8), X(
    case(R(5, 6), X([3, 0, 7, 100, 1]), theta=100.0), case(R(2, 3, 4, 6), X([[0, 1, 2, 3], [9, 2, 40, 4]])),
    case(R(2, 4, 6), X([[0, 1, 2, 3], [9, 2, 40, 4]]), interleaved=True), case(R(1, 2), X([5])),
    case(R(2, 0, 4), X([], (0,))), case(R(3, 2, 34), X([1000, 4095])))
+
+
+op("norm_rope", lambda x, a: rope([rms_norm([x[0], x[2]], a), x[1]], a), case(R(2, 3, 5, 8), X([0, 1, 2, 3, 4]), R(8)),
+   case(R(2, 3, 5, 8), X([0, 1, 2, 3, 4]), None), case(R(2, 3, 5, 8), X([0, 1, 2, 3, 4]), R(8), interleaved=True),
+   case(R(5, 6), X([3, 0, 7, 100, 1]), R(6), theta=100.0, eps=1e-3),
+   case(R(2, 3, 4, 6), X([[0, 1, 2, 3], [9, 2, 40, 4]]), R(6)),
+   case(R(2, 4, 6), X([[0, 1, 2, 3], [9, 2, 40, 4]]), R(6), interleaved=True), case(R(1, 2), X([5]), R(2)),
+   case(R(2, 0, 4), X([], (0,)), R(4)), case(R(3, 2, 34), X([1000, 4095]), R(34)),
+   case(R(2, 3, 4, 32), X([0, 1, 2, 3]), R(32)), case(R(1, 2, 19, 64), X(list(range(19))), R(64)))
 
 
 def attention(x, a):
@@ -841,6 +888,43 @@ def moe_experts(x, a):
     gate, up, down = gate[index], up[index], down[index]  # (N, k, F, C), (N, k, F, C), (N, k, C, F)
     hidden = F.silu(torch.einsum("nkfc,nc->nkf", gate, t)) * torch.einsum("nkfc,nc->nkf", up, t)
     return torch.einsum("nkcf,nkf,nk->nc", down, hidden, weights)
+
+
+def route(x, a):
+    """Weights and experts: the k best of score + bias, the first of equal ones, NaN the greatest."""
+    logits, bias = x[0], x[1] if len(x) > 1 else None
+    k, experts = a["k"], logits.shape[1]
+    scores = torch.softmax(logits, 1) if a.get("softmax") else torch.sigmoid(logits)
+
+    def first(values, count):
+        return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :count]
+
+    biased = scores.detach() if bias is None else scores.detach() + bias.detach()
+    groups = a.get("n_group", 1)
+    if groups > 1:
+        grouped = biased.reshape(-1, groups, experts // groups)
+        rank = torch.gather(grouped, 2, first(grouped, 2)).sum(-1)
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter(1, first(rank, a["topk_group"]), True)
+        biased = torch.where(kept.repeat_interleave(experts // groups, 1), biased, -INF)
+    index = first(biased, k)
+    weights = torch.gather(scores, 1, index)
+    if a.get("norm", True):
+        weights = weights / (weights.sum(1, keepdim=True) + 1e-20)
+    return weights * a.get("scale", 1.0), index
+
+
+op("route", route, case(D(5, 8), k=3), case(D(5, 8), R(8), k=3), case(D(5, 8), k=3, softmax=True),
+   case(D(5, 8), R(8), k=3, softmax=True, scale=2.5), case(D(5, 8), R(8), k=2, norm=False, scale=2.5),
+   case(D(5, 8), k=2, softmax=True, norm=False), case(D(1, 1), R(1), k=1), case(D(1, 1), k=1, softmax=True),
+   case(D(4, 5), R(5), k=5), case(D(4, 5), k=5, softmax=True), case(D(0, 4), R(4), k=2), case(R(19, 37), D(37), k=6),
+   case(D(3, 70), k=66, softmax=True), case(D(7, 12), R(12), k=3, n_group=4, topk_group=2),
+   case(D(7, 12), k=4, n_group=3, topk_group=1, softmax=True), case(D(3, 6), R(6), k=2, n_group=3, topk_group=3),
+   case(V([[1.0, 0.5, 1.0, 0.5], [0.0, 0.0, 0.0, 0.0], [-0.0, 0.0, 2.0, 0.0]]), k=3, kink=1, name="ties"),
+   case(V([[0.5, 0.5, 0.5, 0.5], [1.0, 2.0, 1.0, 2.0]]), k=2, n_group=2, topk_group=1, kink=1, name="tied groups"),
+   case(V([[100.0, -100.0, 50.0], [-100.0, -100.0, -100.0]]), k=2, name="saturated"),
+   case(V([[500.0, 0.0, -500.0]]), k=2, softmax=True, name="saturated"),
+   case(V([[1.0, NAN, 3.0], [INF, 1.0, -INF], [NAN, 1.0, NAN]]), k=2, grad=False, name="special"),
+   case(V([[1.0, NAN, 3.0], [-INF, 1.0, -INF], [-INF, -INF, -INF]]), k=2, softmax=True, grad=False, name="special"))
 
 
 def experts(n, k, e, c, f):

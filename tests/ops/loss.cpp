@@ -2,9 +2,12 @@
 #include <knock/ops/loss.hpp>
 
 #include <doctest/doctest.h>
+#include <knock/autograd/checkpoint.hpp>
 #include <knock/autograd/gradcheck.hpp>
 #include <knock/core/parallel.hpp>
+#include <knock/core/storage.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/matmul.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
@@ -119,6 +122,177 @@ TEST_CASE("cross_entropy: the same bits for any number of threads") {
     CHECK(test::same_bits(losses[i], losses[0]));
     CHECK(test::same_bits(gradients[i], gradients[0]));
   }
+}
+
+// A row of logits this wide is 4 MiB in f64 and 2 MiB in f32, so that a few rows make several chunks.
+constexpr int64_t wide = 1 << 19;
+
+struct WideLoss {
+  Tensor x, weight, target;  // (2, 11, 3), (V, 3), (2, 11)
+
+  explicit WideLoss(DType dtype = DType::f64, DType weight_dtype = DType::f64) {
+    manual_seed(5);
+    x = (randn({2, 11, 3}) * 2).to(DType::bf16).to(dtype).requires_grad_();
+    weight = randn({wide, 3}).to(DType::bf16).to(weight_dtype).requires_grad_();
+    target = randint(0, wide, {2, 11});
+    target.narrow(1, 4, 2).fill_(-100);  // in two chunks or more
+    target[1].narrow(0, 8, 3).fill_(wide - 1);
+  }
+  /// Loss and gradients, weighted by 0.75.
+  Tensors run(const CrossEntropyOptions& options, bool composed = false) {
+    const Tensor loss = composed ? composite::linear_cross_entropy(x, weight, target, options)
+                                 : linear_cross_entropy(x, weight, target, options);
+    const auto gradients = autograd::grad({loss}, {x, weight}, {.upstream = {full({}, 0.75, {loss.dtype()})}});
+    return {loss.detach(), gradients[0], gradients[1]};
+  }
+};
+
+/// The largest distance over the largest element.
+double relative(const Tensor& a, const Tensor& b) {
+  const Tensor left = a.to(DType::f64), right = b.to(DType::f64);
+  return distance(left, right) / amax(abs(right)).item();
+}
+
+TEST_CASE("linear_cross_entropy: several chunks of rows") {
+  for (const Reduction reduction : {Reduction::mean, Reduction::sum}) {
+    for (const double smoothing : {0.0, 0.2}) {
+      INFO("sum " << (reduction == Reduction::sum) << ", smoothing " << smoothing);
+      const CrossEntropyOptions options{.label_smoothing = smoothing, .reduction = reduction};
+      WideLoss loss;
+      const Tensors fused = loss.run(options), composed = loss.run(options, true);
+      for (std::size_t i = 0; i < 3; ++i) CHECK(relative(fused[i], composed[i]) < 1e-13);
+      const Tensors narrow = WideLoss(DType::f32, DType::f32).run(options);
+      const double limits[] = {1e-6, 1e-4, 1e-5};  // dx sums over all 2^19 classes in f32
+      for (std::size_t i = 0; i < 3; ++i) CHECK(relative(narrow[i], composed[i]) < limits[i]);
+    }
+  }
+  WideLoss loss;
+  const Tensor each =
+      linear_cross_entropy(loss.x.detach(), loss.weight.detach(), loss.target, {.reduction = Reduction::none});
+  CHECK(relative(each, composite::linear_cross_entropy(loss.x.detach(), loss.weight.detach(), loss.target,
+                                                       {.reduction = Reduction::none})) < 1e-13);
+}
+
+TEST_CASE("linear_cross_entropy: bf16 beside f32 and bf16 weights") {
+  const Tensors exact = WideLoss().run({});
+  const Tensors mixed = WideLoss(DType::bf16, DType::f32).run({});
+  CHECK(mixed[0].dtype() == DType::f32);
+  CHECK(mixed[1].dtype() == DType::bf16);
+  CHECK(mixed[2].dtype() == DType::f32);
+  CHECK(relative(mixed[0], exact[0]) < 1e-4);  // the logits' roundings cancel in the mean
+  const Tensors bf16 = WideLoss(DType::bf16, DType::bf16).run({});
+  for (const Tensor& t : bf16) CHECK(t.dtype() == DType::bf16);
+  CHECK(relative(bf16[0], mixed[0]) < 0x1p-8);
+  for (std::size_t i = 1; i < 3; ++i) {
+    CHECK(relative(mixed[i], exact[i]) < 2e-2);
+    CHECK(relative(bf16[i], mixed[i]) < 1e-2);
+  }
+}
+
+TEST_CASE("linear_cross_entropy: which gradients are made") {
+  WideLoss loss;
+  const Tensors both = loss.run({});
+  const Tensor x = loss.x.detach(), weight = loss.weight.detach();
+  const Tensor only_x = linear_cross_entropy(loss.x, weight, loss.target),
+               only_weight = linear_cross_entropy(x, loss.weight, loss.target);
+  CHECK(test::same_bits(only_x, both[0]));
+  CHECK(test::same_bits(only_weight, both[0]));
+  CHECK(distance(autograd::grad({only_x}, {loss.x})[0] * 0.75, both[1]) < 1e-16);
+  CHECK(distance(autograd::grad({only_weight}, {loss.weight})[0] * 0.75, both[2]) < 1e-16);
+  {
+    const NoGradGuard no_grad;
+    const Tensor plain = linear_cross_entropy(loss.x, loss.weight, loss.target);
+    CHECK(!plain.requires_grad());
+    CHECK(test::same_bits(plain, both[0]));
+  }
+  const Tensor again = autograd::checkpoint(
+      [&](const Tensors& in) { return linear_cross_entropy(in[0], in[1], loss.target); }, {loss.x, loss.weight});
+  CHECK(test::same_bits(again, both[0]));
+  again.backward();
+  CHECK(distance(loss.x.grad() * 0.75, both[1]) < 1e-16);
+  CHECK(distance(loss.weight.grad() * 0.75, both[2]) < 1e-16);
+}
+
+TEST_CASE("linear_cross_entropy: backward twice, and a write between forward and backward") {
+  Tensor x = randn({7, 3}).requires_grad_(), weight = randn({5, 3}).requires_grad_();
+  const Tensor target = randint(0, 5, {7});
+  const Tensor loss = linear_cross_entropy(x, weight, target);
+  loss.backward({.retain_graph = true});
+  const Tensor first = x.grad().clone(), first_weight = weight.grad().clone();
+  x.grad().mul_(2);  // what a leaf got is its own
+  weight.grad().mul_(2);
+  loss.backward();
+  CHECK(distance(x.grad(), first * 3) < 1e-7);
+  CHECK(distance(weight.grad(), first_weight * 3) < 1e-6);
+}
+
+TEST_CASE("linear_cross_entropy: the same bits for any number of threads") {
+  const int threads = num_threads();
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::vector<Tensors> made;
+    for (const int n : {1, 2, 5}) {
+      set_num_threads(n);
+      made.push_back(WideLoss(dtype, DType::f32).run({.label_smoothing = 0.1}));
+    }
+    for (std::size_t n = 1; n < made.size(); ++n)
+      for (std::size_t i = 0; i < 3; ++i) CHECK(test::same_bits(made[n][i], made[0][i]));
+  }
+  set_num_threads(threads);
+}
+
+TEST_CASE("linear_cross_entropy: never as much memory as the logits") {
+  const Tensor x = randn({512, 8}).requires_grad_(),
+               weight = randn({1 << 16, 8}).requires_grad_();  // 128 MiB of logits
+  const Tensor target = randint(0, 1 << 16, {512});
+  const auto peak = [&](auto&& body) {
+    const int64_t before = memory::stats().bytes_in_use;
+    memory::reset_peak();
+    body();
+    return static_cast<double>(memory::stats().peak_bytes - before) / (1 << 20);
+  };
+  const double training = peak([&] { linear_cross_entropy(x, weight, target).backward(); });
+  const double unfused = peak([&] { cross_entropy(linear(x, weight), target).backward(); });
+  const double evaluation = peak([&] {
+    const NoGradGuard no_grad;
+    linear_cross_entropy(x, weight, target);
+    linear_cross_entropy(x, weight, target, {.reduction = Reduction::none});
+  });
+  CHECK(unfused > 250);
+  CHECK(training < 64);
+  CHECK(evaluation < 64);
+}
+
+TEST_CASE("linear_cross_entropy: all targets ignored, no classes, no features") {
+  Tensor x = randn({4, 3}).requires_grad_(), weight = randn({5, 3}).requires_grad_();
+  const Tensor ignored = full({4}, -100, {DType::i64});
+  const Tensor loss = linear_cross_entropy(x, weight, ignored);
+  CHECK(std::isnan(loss.item()));
+  loss.backward();
+  CHECK(distance(x.grad(), zeros({4, 3})) == 0);
+  CHECK(distance(weight.grad(), zeros({5, 3})) == 0);
+  CHECK(linear_cross_entropy(x, zeros({0, 3}), ignored, {.reduction = Reduction::sum}).item() == 0);
+  const Tensor uniform = linear_cross_entropy(zeros({4, 0}), zeros({5, 0}), zeros({4}, {DType::i64}));
+  CHECK(uniform.item() == doctest::Approx(std::log(5.0)));
+}
+
+TEST_CASE("linear_cross_entropy: errors name what is wrong and where") {
+  WideLoss loss(DType::f32, DType::f32);
+  loss.target[1][9].fill_(-7);  // position 20, in the last chunk
+  CHECK(error_of([&] { linear_cross_entropy(loss.x, loss.weight, loss.target); }) ==
+        "[linear_cross_entropy] target -7 at position 20 is neither in [0, 524288) nor ignore_index -100");
+  const Tensor x = randn({3, 4}), weight = randn({5, 4}), target = zeros({3}, {DType::i64});
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight, target + 5); }), "target 5 at position 0"));
+  CHECK(error_of([&] { linear_cross_entropy(x, weight, zeros({4}, {DType::i64})); }) ==
+        "[linear_cross_entropy] x (3, 4) f32 cpu needs class indices of shape (3,) and an integer dtype, got (4,) i64 "
+        "cpu");
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight, zeros({3})); }), "needs class indices"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight.t(), target); }), "x (..., C) and weight (V, C)"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight[0], target); }), "x (..., C) and weight (V, C)"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x[0][0], weight, target); }), "x (..., C) and weight (V, C)"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight.to(DType::f64), target); }), "dtypes differ"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight.to(DType::bf16), target); }), "dtypes differ"));
+  CHECK(contains(error_of([&] { linear_cross_entropy(x, weight, target, {.label_smoothing = -0.1}); }),
+                 "label_smoothing"));
 }
 
 TEST_CASE("binary_cross_entropy_with_logits: large logits, weights, bad shapes") {

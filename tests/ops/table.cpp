@@ -22,6 +22,7 @@ using namespace knock;
 
 constexpr auto exact = Rounding::exact;
 constexpr auto element = Rounding::element;
+constexpr DTypes wide_floats = bit(DType::f32) | bit(DType::f64);
 
 Tensor f64(const Shape& shape) { return randn(shape, {.dtype = DType::f64}); }
 
@@ -33,6 +34,8 @@ std::vector<int64_t> numbers(const Args& a, std::string_view key) {
 }
 
 Tensors both(const ValuesIndices& found) { return {found.values, found.indices}; }
+Tensors both(const Routes& routes) { return {routes.weights, routes.indices}; }
+Tensors both(const AddNorm& made) { return {made.sum, made.normed}; }
 
 Reduction reduction(const Args& a) {
   const std::string name = a.text("reduction", "mean");
@@ -47,6 +50,19 @@ CrossEntropyOptions cross_entropy_options(const Args& a) {
 
 NllOptions nll_options(const Args& a) {
   return {.ignore_index = a.integer("ignore_index", -100), .reduction = reduction(a)};
+}
+
+RopeOptions rope_options(const Args& a) {
+  return {.theta = a.number("theta", 1e4), .interleaved = a.flag("interleaved")};
+}
+
+RouteOptions route_options(const Args& a) {
+  return {.top_k = a.integer("k"),
+          .scores = a.flag("softmax") ? Router::softmax : Router::sigmoid,
+          .norm_topk_prob = a.integer("norm", 1) != 0,
+          .routed_scaling_factor = a.number("scale", 1),
+          .n_group = a.integer("n_group", 1),
+          .topk_group = a.integer("topk_group", 1)};
 }
 
 AttentionParams attention_options(const Tensors& x, const Args& a) {
@@ -301,6 +317,9 @@ const std::vector<Family>& families() {
       {.op = "cross_entropy", .call = OP(cross_entropy(x[0], x[1], cross_entropy_options(a))),
        .twin = OP(composite::cross_entropy(x[0], x[1], cross_entropy_options(a))),
        .large = LARGE(f64({300, 257}), randint(0, 257, {300}))},
+      {.op = "linear_cross_entropy", .call = OP(linear_cross_entropy(x[0], x[1], x[2], cross_entropy_options(a))),
+       .roundings = 2, .twin = OP(composite::linear_cross_entropy(x[0], x[1], x[2], cross_entropy_options(a))),
+       .large = LARGE(f64({300, 65}), f64({257, 65}), randint(0, 257, {300}))},
       {.op = "nll_loss", .call = OP(nll_loss(x[0], x[1], nll_options(a))),
        .twin = OP(composite::nll_loss(x[0], x[1], nll_options(a))),
        .large = LARGE(f64({300, 257}), randint(0, 257, {300}))},
@@ -313,9 +332,15 @@ const std::vector<Family>& families() {
       {.op = "rms_norm", .call = OP(rms_norm(x[0], x[1], a.number("eps", 1e-6))),
        .twin = OP(composite::rms_norm(x[0], x[1], a.number("eps", 1e-6))), .large = LARGE(f64({3, 300, 257}),
        f64({257}))},
+      {.op = "add_rms_norm", .call = LIST(both(add_rms_norm(x[0], x[1], x[2], a.number("eps", 1e-6)))), .roundings = 2,
+       .twin = LIST(both(composite::add_rms_norm(x[0], x[1], x[2], a.number("eps", 1e-6)))),
+       .large = LARGE(f64({3, 300, 257}), f64({3, 300, 257}), f64({257}))},
+      {.op = "norm_rope", .call = OP(norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
+       .twin = OP(composite::norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
+       .large = LARGE(f64({2, 3, 300, 64}), arange(300), f64({64}))},
       {.op = "dropout", .call = OP(repeatable_dropout(x[0], a)), .large_args = "p=0.3"},
       {.op = "rope",
-       .call = OP(rope(x[0], x[1], {.theta = a.number("theta", 1e4), .interleaved = a.flag("interleaved")})),
+       .call = OP(rope(x[0], x[1], rope_options(a))),
        .large = LARGE(f64({2, 3, 300, 64}), arange(300))},
       {.op = "swiglu", .call = OP(swiglu(x[0], x[1])), .twin = OP(composite::swiglu(x[0], x[1]))},
       {.op = "scaled_dot_product_attention",
@@ -324,6 +349,10 @@ const std::vector<Family>& families() {
        .twin = OP(composite::scaled_dot_product_attention(x[0], x[1], x[2], attention_options(x, a))),
        .large = LARGE(f64({2, 4, 150, 16}), f64({2, 2, 170, 16}), f64({2, 2, 170, 16})),
        .large_args = "causal=bottom_right"},
+      {.op = "route", .call = LIST(both(route(x[0], x.size() > 1 ? x[1] : Tensor(), route_options(a)))),
+       .dtypes = wide_floats, .twin = LIST(both(composite::route(x[0], x.size() > 1 ? x[1] : Tensor(),
+       route_options(a)))),
+       .large = LARGE(f64({1500, 32}), f64({32})), .large_args = "k=4;scale=2.5"},
       {.op = "moe_experts", .call = OP(moe_experts(x[0], x[1], x[2], x[3], x[4], x[5])), .roundings = 3,
        .twin = OP(composite::moe_experts(x[0], x[1], x[2], x[3], x[4], x[5])),
        .large = LARGE(f64({150, 32}), topk(f64({150, 8}), 2).indices, f64({150, 2}), f64({8, 24, 32}),

@@ -208,14 +208,14 @@ struct Backend {
   /// softmax, or its logarithm
   void (*softmax)(bool logarithm, const Array& x, const Array& out) = nullptr;
   void (*softmax_backward)(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) = nullptr;
-  /// y = s / sqrt(mean(s^2) + eps) weight; stats (rows): 1 / sqrt(...). s is x, or with `addend` the sum of both in x's
-  /// dtype, which out_sum keeps.
+  /// y = s r weight, r = 1 / sqrt(mean(s^2) + eps); s is x, or with `addend` the sum of both in x's dtype, which out_sum
+  /// keeps. stats (rows): r, in the memory order of the rows of s, which backward is given as x.
   void (*rms_norm)(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
                    const Array& out_y, const Array& out_stats) = nullptr;
   /// `addend` is added to dx.
   void (*rms_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                             const Array& addend, const Array& out_dx, const Array& out_dweight) = nullptr;
-  /// y = rope(rms_norm(x)) without a rounding between them; x, positions and y as rope's, stats (rows) as rms_norm's.
+  /// y = rope(rms_norm(x)) without a rounding between them; x, positions and y as rope's, stats as rms_norm's.
   void (*norm_rope)(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
                     bool interleaved, const Array& out_y, const Array& out_stats) = nullptr;
   void (*norm_rope_backward)(const Array& x, const Array& weight, const Array& stats, const Array& positions,
@@ -226,10 +226,11 @@ struct Backend {
                      const Array& out_stats) = nullptr;
   void (*layer_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                               const Array& out_dx, const Array& out_dweight, const Array& out_dbias) = nullptr;
-  /// logits (rows, C), target (rows) dense i64; loss (rows) without reduction, one element with; stats (rows, 2):
-  /// largest logit and sum of exp(logit - largest), undefined for ignored rows
+  /// logits (rows, C), target (rows) dense i64; loss (rows) without reduction, one element with, in the logits' dtype
+  /// or the compute type; stats (rows, 2): largest logit and sum of exp(logit - largest), undefined for ignored rows
   void (*cross_entropy)(const Array& logits, const Array& target, const CrossEntropyOptions& options,
                         const Array& out_loss, const Array& out_stats) = nullptr;
+  /// dlogits may be the logits themselves
   void (*cross_entropy_backward)(const Array& logits, const Array& target, const Array& stats,
                                  const CrossEntropyOptions& options, const Array& dloss,
                                  const Array& out_dlogits) = nullptr;

@@ -45,8 +45,9 @@ class Targets {
   int64_t count_, ignore_index_, counted_ = 0;
 };
 
-/// Writes `loss(row) -> double` of every row to `out`, 0 for ignored rows, or their sum or mean. Sums are taken in f64
-/// over chunks of `grain` rows and then over the chunks in order: the same bits for any number of threads.
+/// Writes `loss(row) -> double` of every row to `out`, of T or its compute type, 0 for ignored rows, or their sum or
+/// mean. Sums are taken in f64 over chunks of `grain` rows and then over the chunks in order: the same bits for any
+/// number of threads.
 template <class T, class Loss>
 void reduce_losses(const Targets& targets, int64_t rows, int64_t grain, Reduction reduction, const Array& out,
                    Loss&& loss) {
@@ -54,12 +55,20 @@ void reduce_losses(const Targets& targets, int64_t rows, int64_t grain, Reductio
   const bool each = reduction == Reduction::none;
   const Storage memory(each ? 0 : chunks * static_cast<int64_t>(sizeof(double)), {});
   double* const partial = static_cast<double*>(memory.data);
-  T* const to = out.as<T>();
+  const bool narrow = out.dtype == dtype_of<T>();
+  const auto write = [&](int64_t i, double value) {
+    const auto rounded = static_cast<compute_t<T>>(value);
+    if (narrow) {
+      out.as<T>()[i] = static_cast<T>(rounded);
+    } else {
+      out.as<compute_t<T>>()[i] = rounded;
+    }
+  };
   parallel_rows(rows, grain, [&](int64_t begin, int64_t end) {
     double sum = 0;
     for (int64_t row = begin; row < end; ++row) {
       const double value = targets.ignored(row) ? 0.0 : loss(row);
-      if (each) to[row] = static_cast<T>(static_cast<compute_t<T>>(value));
+      if (each) write(row, value);
       sum += value;
     }
     if (!each) partial[begin / grain] = sum;
@@ -68,7 +77,7 @@ void reduce_losses(const Targets& targets, int64_t rows, int64_t grain, Reductio
   double total = 0;
   for (int64_t c = 0; c < chunks; ++c) total += partial[c];
   if (reduction == Reduction::mean) total /= static_cast<double>(targets.counted());
-  *to = static_cast<T>(static_cast<compute_t<T>>(total));
+  write(0, total);
 }
 
 /// What one row's gradient is multiplied with.

@@ -10,6 +10,12 @@
 // g is the upstream gradient of the element, divided by the number of elements that count where the reduction is a
 // mean. Cross-entropy is fused: forward keeps the largest logit and the sum of exponentials of each row, and backward
 // writes dx in one pass. Neither makes the log-probabilities.
+//
+//   linear_cross_entropy   l = cross_entropy(x W^T, t)       dx = dl W        dW = dl^T x,  dl: the logits' gradient
+//
+// walks over the rows in chunks and never holds more than one chunk of logits. While a gradient is recorded it goes on
+// from each chunk's loss to dl, in the same memory, and on to dx and dW; backward only multiplies these by the upstream
+// gradient, a number. As in Liger kernels (arXiv 2410.10989, section 3.3) and PyTorch's function of that name.
 
 #include <knock/core/tensor.hpp>
 
@@ -23,7 +29,16 @@ namespace knock {
 ///   Tensor loss = cross_entropy(logits, target, {.label_smoothing = 0.1});
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, CrossEntropyOptions options = {});
 
-/// The same, given log-probabilities instead of logits; class indices only, no smoothing.
+/// Cross-entropy of the logits linear(x, weight), which are made a chunk at a time and not kept: x (..., C), weight
+/// (V, C), class indices (...) of an integer dtype. A bf16 x may stand beside an f32 weight, as in linear. The result
+/// has the weight's dtype: a scalar, or the targets' shape with Reduction::none, which keeps all logits where a
+/// gradient is recorded. A target outside [0, V) is an error that names it and its position.
+///
+///   Tensor loss = linear_cross_entropy(hidden, lm_head.weight, target);   // (B, T, C), (V, C), (B, T)
+Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                            CrossEntropyOptions options = {});
+
+/// Cross-entropy given log-probabilities instead of logits; class indices only, no smoothing.
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions options = {});
 
 /// Squared error; the shapes broadcast.
@@ -41,6 +56,8 @@ Tensor binary_cross_entropy_with_logits(const Tensor& logits, const Tensor& targ
 /// The same functions written with other ops: documentation, oracle, and what create_graph differentiates.
 namespace composite {
 Tensor cross_entropy(const Tensor& logits, const Tensor& target, CrossEntropyOptions options = {});
+Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                            CrossEntropyOptions options = {});
 Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions options = {});
 }  // namespace composite
 
@@ -49,9 +66,14 @@ Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions option
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_LOSS)
 #include <knock/autograd/twin.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/matmul.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
+#include <knock/ops/view.hpp>
+
+#include <algorithm>
+#include <vector>
 
 namespace knock {
 namespace detail {
@@ -69,6 +91,11 @@ KNOCK_FUNC Tensor class_targets(const char* op, const Tensor& logits, const Tens
         expected, " and an integer dtype, got ", target);
   check_same_device(op, {logits, target});
   return target.to(DType::i64).contiguous();
+}
+
+KNOCK_FUNC void check_smoothing(const char* op, const CrossEntropyOptions& options) {
+  const double s = options.label_smoothing;
+  check(s >= 0 && s <= 1, op, "label_smoothing must be in [0, 1], got ", s);
 }
 
 KNOCK_FUNC Tensor loss_room(const Tensor& logits, const Tensor& target, Reduction reduction) {
@@ -98,8 +125,7 @@ KNOCK_FUNC Tensor cross_entropy_with_probabilities(const Tensor& logits, const T
 }  // namespace detail
 
 KNOCK_FUNC Tensor cross_entropy(const Tensor& logits, const Tensor& target, CrossEntropyOptions options) {
-  const double smoothing = options.label_smoothing;
-  check(smoothing >= 0 && smoothing <= 1, "cross_entropy", "label_smoothing must be in [0, 1], got ", smoothing);
+  detail::check_smoothing("cross_entropy", options);
   if (is_float(target.dtype())) return detail::cross_entropy_with_probabilities(logits, target, options);
   const Tensor index = detail::class_targets("cross_entropy", logits, target);
   const int64_t axis = detail::class_axis(logits);
@@ -121,6 +147,128 @@ KNOCK_FUNC Tensor cross_entropy(const Tensor& logits, const Tensor& target, Cros
     return {dx};
   };
   return autograd::record("cross_entropy", loss, {logits}, backward);
+}
+
+// linear_cross_entropy
+// ------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+KNOCK_FUNC void check_linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                           const CrossEntropyOptions& options) {
+  constexpr const char* op = "linear_cross_entropy";
+  check_smoothing(op, options);
+  check(is_float(x.dtype()) && x.rank() > 0 && weight.rank() == 2 && weight.size(1) == x.shape().back(), op,
+        "needs floating x (..., C) and weight (V, C): x ", x, ", weight ", weight);
+  const bool mixed = x.dtype() == DType::bf16 && weight.dtype() == DType::f32;
+  check(weight.dtype() == x.dtype() || mixed, op, "dtypes differ: x ", x, ", weight ", weight,
+        "; only a bf16 x may stand beside an f32 weight");
+  Shape expected = x.shape();
+  expected.erase(x.rank() - 1);
+  check(!is_float(target.dtype()) && target.shape() == expected, op, "x ", x, " needs class indices of shape ",
+        expected, " and an integer dtype, got ", target);
+  check_same_device(op, {x, weight, target});
+}
+
+/// How many targets are not ignored; an error for the first that is no class.
+KNOCK_FUNC int64_t count_targets(const char* op, const Tensor& index, int64_t classes, int64_t ignore_index) {
+  const auto targets = index.to_vector<int64_t>();
+  int64_t counted = 0;
+  for (std::size_t i = 0; i < targets.size(); ++i) {
+    if (targets[i] == ignore_index) continue;
+    check(targets[i] >= 0 && targets[i] < classes, op, "target ", targets[i], " at position ", i, " is neither in [0, ",
+          classes, ") nor ignore_index ", ignore_index);
+    ++counted;
+  }
+  return counted;
+}
+
+/// Rows of a chunk of logits: equal parts of about 32 MiB. Each chunk packs the weight (V, C) anew, so that it has C
+/// rows (or 1024) at least: then it takes no more memory than the weight.
+KNOCK_FUNC int64_t logit_chunk(int64_t rows, const Tensor& weight, DType dtype) {
+  constexpr int64_t bytes = int64_t{32} << 20, enough = 1024;
+  const int64_t row = std::max<int64_t>(weight.size(0) * size_of(dtype), 1);
+  const int64_t most = std::max({bytes / row, std::min(weight.size(1), enough), int64_t{1}});
+  const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
+  return (rows + chunks - 1) / chunks;
+}
+
+struct LinearLoss {
+  Tensor loss;    ///< () or (R), in the compute dtype
+  Tensor dx, dw;  ///< gradients of the loss where wanted, in the dtypes of x and weight
+};
+
+/// The loss of x (R, C) W^T and, where asked for, its gradients. Sums over chunks are made in order.
+KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const Tensor& index,
+                                  const CrossEntropyOptions& options, bool needs_dx, bool needs_dw) {
+  constexpr const char* op = "linear_cross_entropy";
+  const NoGradGuard no_grad;
+  const int64_t rows = x.size(0), classes = weight.size(0), chunk = logit_chunk(rows, weight, x.dtype());
+  const int64_t counted = count_targets(op, index, classes, options.ignore_index);
+  const bool each = options.reduction == Reduction::none, mean = options.reduction == Reduction::mean;
+  const double share = mean ? 1 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
+  CrossEntropyOptions own = options;  // of one chunk
+  own.reduction = each ? Reduction::none : Reduction::sum;
+
+  const TensorOptions narrow{x.dtype(), x.device()}, wide{compute_dtype(x.dtype()), x.device()};
+  const Tensor losses = empty({each || rows == 0 ? rows : (rows + chunk - 1) / chunk}, wide);
+  const Tensor logits = empty({chunk, classes}, narrow), stats = empty({chunk, 2}, wide), one = ones({}, narrow);
+  LinearLoss out;
+  if (needs_dx) out.dx = empty({rows, x.size(1)}, narrow);
+  if (needs_dw) out.dw = rows > 0 ? empty(weight.shape(), wide) : zeros(weight.shape(), wide);
+
+  const auto gemm = kernel(&Backend::gemm, op, x);
+  for (int64_t begin = 0; begin < rows; begin += chunk) {
+    const int64_t count = std::min(chunk, rows - begin);
+    const Tensor in = x.narrow(0, begin, count), at = index.narrow(0, begin, count);  // (n, C), (n)
+    const Tensor y = logits.narrow(0, 0, count);                                      // (n, V)
+    gemm(1, in.array(), weight.t().array(), 0, {}, y.array());
+    kernel(&Backend::cross_entropy, op, x)(y.array(), at.array(), own,
+                                           (each ? losses.narrow(0, begin, count) : losses[begin / chunk]).array(),
+                                           stats.array());
+    if (!needs_dx && !needs_dw) continue;
+    kernel(&Backend::cross_entropy_backward, op, x)(y.array(), at.array(), stats.array(), own, one.array(), y.array());
+    if (needs_dx) gemm(share, y.array(), weight.array(), 0, {}, out.dx.narrow(0, begin, count).array());
+    if (needs_dw) gemm(share, y.t().array(), in.array(), begin > 0 ? 1 : 0, out.dw.array(), out.dw.array());
+  }
+  out.loss = each ? losses : mean ? sum(losses) / static_cast<double>(counted) : sum(losses);
+  if (needs_dw) out.dw = out.dw.to(weight.dtype());  // a bf16 weight's gradient is rounded once
+  return out;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                       CrossEntropyOptions options) {
+  detail::check_linear_cross_entropy(x, weight, target, options);
+  const bool recording = autograd::is_recording(), needs_dx = recording && x.requires_grad(),
+             needs_dw = recording && weight.requires_grad();
+  if (options.reduction == Reduction::none && (needs_dx || needs_dw)) {  // each row has an upstream gradient of its own
+    const Tensor logits = linear(x, weight).to(weight.dtype());
+    return cross_entropy(logits.reshape({target.numel(), weight.size(0)}), target.reshape({-1}), options)
+        .reshape(target.shape());
+  }
+  const Tensor rows = x.detach().reshape({target.numel(), x.shape().back()});
+  const Tensor index = target.reshape({-1}).to(DType::i64).contiguous();
+  const detail::LinearLoss made = detail::linear_loss(rows, weight.detach(), index, options, needs_dx, needs_dw);
+  const Tensor loss = made.loss.to(weight.dtype());
+  if (options.reduction == Reduction::none) return loss.reshape(target.shape());
+  const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), target = autograd::Saved(target),
+                         dx = made.dx, dw = made.dw, shape = x.shape(),
+                         options](const autograd::Upstream& up) -> Tensors {
+    if (autograd::is_recording())
+      return autograd::twin_gradients(up, {x.get(up), weight.get(up)}, [&](const Tensors& in) {
+        return composite::linear_cross_entropy(in[0], in[1], target.get(up), options);
+      });
+    const Tensor dy = up.dy();
+    const bool is_one = dy.device().kind == DeviceKind::cpu && dy.item() == 1;  // reading it from a GPU would wait
+    const auto scaled = [&](const Tensor& g) { return is_one ? g : (g * dy).to(g.dtype()); };
+    Tensors gradients(2);
+    if (up.needs(0)) gradients[0] = scaled(dx).reshape(shape);
+    if (up.needs(1)) gradients[1] = scaled(dw);
+    return gradients;
+  };
+  return autograd::record("linear_cross_entropy", loss, {x, weight}, backward);
 }
 
 KNOCK_FUNC Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions options) {
@@ -185,6 +333,13 @@ KNOCK_FUNC Tensor cross_entropy(const Tensor& logits, const Tensor& target, Cros
   if (options.reduction == Reduction::sum) everywhere = sum(everywhere);
   if (options.reduction == Reduction::mean) everywhere = sum(everywhere) / sum(counted.to(logits.dtype()));
   return at_target * (1 - s) + everywhere * s;
+}
+
+KNOCK_FUNC Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                       CrossEntropyOptions options) {
+  const Tensor logits = linear(x, weight).to(weight.dtype()).reshape({target.numel(), weight.size(0)});
+  const Tensor loss = composite::cross_entropy(logits, target.reshape({-1}), options);
+  return options.reduction == Reduction::none ? loss.reshape(target.shape()) : loss;
 }
 
 }  // namespace composite
