@@ -1,5 +1,7 @@
 // causal attention, forward and backward: milliseconds and GFLOP/s
 //
+//   ./run bench attention [--dtype f32|bf16] [--threads N] [--json]
+//
 // What is masked is not counted. In the last row sequences are packed of documents of equal length.
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/attention.hpp>
@@ -60,10 +62,12 @@ Seconds measure(const Case& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bench::Options options(argc, argv);
+  const bench::Options options(argc, argv, {"dtype"});
+  const std::string wanted = options.one_of("dtype", {"all", "f32", "bf16"});
   bench::Table table(options, "attention", "GFLOP/s with percent of the peak; what is masked is not counted");
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const Case& c : cases) {
+      if (wanted != "all" && wanted != to_text(dtype)) continue;
       const Seconds seconds = dtype == DType::f32 ? measure<float>(c) : measure<bf16>(c);
       const double gflop = 2e-9 * static_cast<double>(c.batch * c.heads * c.length * (c.length / c.documents) *
                                                       c.depth);  // both products, half

@@ -58,6 +58,7 @@ Steps run_steps(const bench::StepArguments& arguments, const std::string& by) {
   double inside = 0;
   for (const trace::Event& event : out.events) {  // a step's span comes after its calls
     if (event.kernel.empty()) {
+      if (event.op != "step") continue;
       out.seconds.push_back(event.seconds);
       out.outside.push_back(event.seconds - inside);
       inside = 0;

@@ -1,6 +1,9 @@
 // GFLOP/s of matrix products by size, and percent of the machine's measured peak
 //
-// For every layer (tokens M, outputs N, inputs K): y = x w^T, dx = dy w and dw = dy^T x, as `linear` computes them.
+//   ./run bench gemm [--dtype f32|bf16|f64] [--use NAME] [--threads N] [--json]     NAME: rows whose use begins with it
+//
+// For every layer (tokens M, outputs N, inputs K): y = x w^T, dx = dy w and dw = dy^T x, as `linear` computes them,
+// of operands and results of one type, into memory that is there already.
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm.hpp>
 
@@ -39,10 +42,12 @@ bench::Measured gflops(DType dtype, int64_t m, int64_t n, int64_t k, bool a_tran
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bench::Options options(argc, argv);
+  const bench::Options options(argc, argv, {"dtype", "use"});
+  const std::string wanted = options.one_of("dtype", {"all", "f32", "bf16", "f64"}), use = options.text("use", "");
   bench::Table table(options, "gemm", "GFLOP/s (percent of the peak) of y = x w^T, dx = dy w and dw = dy^T x");
   for (const DType dtype : {DType::f32, DType::bf16, DType::f64})
     for (const Layer& layer : layers) {
+      if ((wanted != "all" && wanted != to_text(dtype)) || !std::string_view(layer.use).starts_with(use)) continue;
       const int64_t m = layer.tokens, n = layer.outputs, k = layer.inputs;
       table.row({{"use", std::string(layer.use)},
                  {"m", m},

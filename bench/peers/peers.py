@@ -53,11 +53,13 @@ def train_step(arguments, folder):
 
 
 def gemm(arguments, folder):
-    yield Job(["bench/gemm", "--json"], {("PyTorch", ""): ["torch_gemm.py"]})
+    for dtype in (["--dtype", "f32"], ["--dtype", "bf16"]):
+        yield Job(["bench/gemm", "--json", *dtype], {("PyTorch", ""): ["torch_gemm.py", *dtype]})
 
 
 def attention(arguments, folder):
-    yield Job(["bench/attention", "--json"], {("PyTorch", ""): ["torch_attention.py"]})
+    for dtype in (["--dtype", "f32"], ["--dtype", "bf16"]):
+        yield Job(["bench/attention", "--json", *dtype], {("PyTorch", ""): ["torch_attention.py", *dtype]})
 
 
 def gpt2(arguments, folder):
@@ -99,7 +101,7 @@ def inference(arguments, folder):
 def time_to_loss(arguments, folder):
     for precision in ("f32", "bf16"):
         yield Job(["time_to_loss.py", "--program", os.path.join(arguments.programs, "examples/train_lm"), "--corpus",
-                   novels(), "--precision", precision], {})
+                   novels(), "--precision", precision, "--steps", str(arguments.steps)], {})
 
 
 COMPARISONS = {
@@ -119,7 +121,7 @@ COMPARISONS = {
     "inference": Comparison("Inference: 512 tokens read, 64 decoded", ("precision",), ("decode_per_s", "prefill_per_s"),
                             inference, ("torch", "transformers>=5.23,<6", "llama-cpp-python"),
                             ("bench_inference", "export")),
-    "time_to_loss": Comparison("Training to the same loss, ./run train's defaults", ("precision", "loss"),
+    "time_to_loss": Comparison("Training to the same loss, ./run train's defaults", ("precision", "steps", "loss"),
                                ("to_loss_s", "train_s", "last_loss_nats"), time_to_loss,
                                ("torch", "numpy", "tokenizers"), ("train_lm", "extract_novels"), rounds=1,
                                slow=True),
@@ -132,7 +134,7 @@ def say(text):
 
 def stop(text):
     say(text)
-    sys.exit(1)
+    sys.exit(2)
 
 
 def run(command):
@@ -172,8 +174,8 @@ def middle(values):
 class Results:
     """values[row, side, metric]: one a round. A side is "ours" or (rival, variant)."""
 
-    def __init__(self, comparison, peaks):
-        self.comparison, self.values, self.rows, self.percent, self.peaks = comparison, {}, [], {}, peaks
+    def __init__(self, comparison):
+        self.comparison, self.values, self.rows, self.percent = comparison, {}, [], {}
 
     def add(self, rows, side):
         for row in rows:
@@ -185,10 +187,9 @@ class Results:
             for metric in self.comparison.metrics:
                 if metric in row:
                     self.values.setdefault((key, side, metric), []).append(row[metric])
-                if side == "ours" and f"{metric}_percent" in row:
-                    self.percent[key, metric] = row[f"{metric}_percent"]
-            if side == "ours" and "gflops_per_s" in row:
-                self.percent[key, "step_s"] = 100 * row["gflops_per_s"] / self.peaks[row["precision"]]
+                share = "gflops_per_s_percent" if metric == "step_s" else f"{metric}_percent"
+                if side == "ours" and share in row:
+                    self.percent.setdefault((key, metric), []).append(row[share])
 
     def best(self, key, rivals):
         """The variant of each rival that is best in the first metric."""
@@ -204,7 +205,7 @@ class Results:
         if not mine or not theirs:
             return ""
         mine, theirs, share = middle(mine), middle(theirs), self.percent.get((key, metric))
-        share = f" ({share:.0f}%)" if share else ""
+        share = f" ({middle(share):.0f}%)" if share else ""
         return f"**{better(metric, mine, theirs):.2f}** {number(mine)}{share} : {number(theirs)}"
 
     def markdown(self):
@@ -221,15 +222,15 @@ def number(value):
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.3g}"
 
 
-def compare(comparison, arguments, peaks, failures):
-    results = Results(comparison, peaks)
+def compare(comparison, arguments, failures):
+    results = Results(comparison)
     arguments = argparse.Namespace(**{**vars(arguments), "threads": comparison.threads or arguments.threads,
                                       "rounds": comparison.rounds or arguments.rounds})
     with tempfile.TemporaryDirectory() as folder:
         for job in comparison.jobs(arguments, folder):
             if arguments.match and arguments.match not in job.ours:
                 continue
-            one = Results(comparison, peaks)
+            one = Results(comparison)
             left = set(job.theirs)
             for turn in range(arguments.rounds):
                 for side in ["ours", *(s for s in job.theirs if s in left)]:
@@ -250,13 +251,10 @@ def compare(comparison, arguments, peaks, failures):
 
 
 def machine(arguments):
-    """The kind of machine, its limits in words, and the peaks that percentages refer to."""
+    """The kind of machine, and its limits in words."""
     rows = run([os.path.join(arguments.programs, "bench/peak"), "--json", "--threads", str(arguments.threads)])
-    limits = {row["limit"]: row["value"] for row in rows}
     words = ", ".join(f"{row['limit']} {row['value']:.0f} {row['unit']}" for row in rows)
-    f32 = limits["f32 multiply-add"]
-    return (f"{rows[0]['machine']}, {rows[0]['isa']}", f"{arguments.threads} threads; limits measured: {words}",
-            {"f32": f32, "bf16": limits.get("bf16 dot product", f32)})
+    return f"{rows[0]['machine']}, {rows[0]['isa']}", f"{arguments.threads} threads; limits measured: {words}"
 
 
 def versions(comparison):
@@ -289,6 +287,7 @@ def parse():
     parser.add_argument("--quick", action="store_true", help="one round, few steps, PyTorch without torch.compile")
     parser.add_argument("--match", default="", help="only programs with this argument, such as tiny or bf16")
     parser.add_argument("--slow", action="store_true", help="also what takes half an hour: training to a loss")
+    parser.add_argument("--steps", type=int, default=2000, help="of time_to_loss: how long both train")
     parser.add_argument("--write", metavar="FILE", help="puts the tables into the section of this kind of machine")
     parser.add_argument("--needs", action="store_true", help=argparse.SUPPRESS)  # for ./run: packages, targets
     parser.add_argument("--programs", default="build/release", help=argparse.SUPPRESS)
@@ -298,8 +297,8 @@ def parse():
         stop(f"unknown comparison '{unknown[0]}'; known: {', '.join(COMPARISONS)}")
     if arguments.match and arguments.write:
         stop("--match measures parts of tables, which --write does not put together")
-    if arguments.threads < 1 or arguments.rounds < 1:
-        stop("--threads and --rounds must be at least 1")
+    if min(arguments.threads, arguments.rounds, arguments.steps) < 1:
+        stop("--threads, --rounds and --steps must be at least 1")
     chosen = {n: c for n, c in COMPARISONS.items() if n in names or not names and (arguments.slow or not c.slow)}
     if arguments.quick:
         arguments.rounds = 1
@@ -312,12 +311,12 @@ def main():
         for what in ("packages", "targets"):
             print(*dict.fromkeys(item for c in chosen.values() for item in getattr(c, what)))
         return
-    title, limits, peaks = machine(arguments)
+    title, limits = machine(arguments)
     print(f"{title}, {limits}")
     failures = []
     for name, comparison in chosen.items():
         try:
-            table = compare(comparison, arguments, peaks, failures).markdown()
+            table = compare(comparison, arguments, failures).markdown()
         except RuntimeError as error:
             failures.append(str(error))
             say(f"{name} is left out: {error}")
@@ -325,7 +324,8 @@ def main():
         print(f"\n{comparison.title}\n\n{table}", flush=True)
         if arguments.write:
             command = f"./run bench peers --only {name} --threads {arguments.threads} --rounds {arguments.rounds}"
-            note = f"`{command}{' --quick' if arguments.quick else ''}`, {datetime.date.today()}"
+            command += " --quick" * arguments.quick + f" --steps {arguments.steps}" * comparison.slow
+            note = f"`{command}`, {datetime.date.today()}"
             write(arguments.write, title, limits, comparison.title, f"{note}, {versions(comparison)}.\n\n{table}")
     for failure in failures:
         say(f"failed: {failure}")

@@ -12,10 +12,10 @@ CASES = [(4, 8, 2, 1024, 64), (16, 8, 2, 256, 32), (4, 8, 8, 512, 64), (1, 8, 2,
 
 
 def main():
-    arguments = measure.parser(__doc__).parse_args()
+    arguments = measure.parser(__doc__, dtype=["all", "f32", "bf16"]).parse_args()
     torch.set_num_threads(arguments.threads)
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-        for batch, heads, kv_heads, length, depth in CASES:
+        for batch, heads, kv_heads, length, depth in CASES if arguments.dtype in ("all", name) else []:
             def projected(count):
                 return torch.randn(batch, length, count, depth, dtype=dtype).transpose(1, 2).requires_grad_()
 

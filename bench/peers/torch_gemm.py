@@ -1,6 +1,6 @@
 """GFLOP/s of torch.mm on the shapes of bench/gemm.cpp: y = x w^T, dx = dy w, dw = dy^T x.
 
-Results go into memory that is there already, as ours do.
+Operands and results of one type; results go into memory that is there already, as ours do.
 """
 
 import measure
@@ -16,10 +16,10 @@ LAYERS = [  # use, tokens, outputs, inputs
 
 
 def main():
-    arguments = measure.parser(__doc__).parse_args()
+    arguments = measure.parser(__doc__, dtype=["all", "f32", "bf16"]).parse_args()
     torch.set_num_threads(arguments.threads)
     for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16)):
-        for use, m, n, k in LAYERS:
+        for use, m, n, k in LAYERS if arguments.dtype in ("all", name) else []:
             x, w, dy = (torch.full(shape, 0.5, dtype=dtype) for shape in ((m, k), (n, k), (m, n)))
             y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(w)
 

@@ -200,18 +200,20 @@ def flop(s):
 class Training:
     """A model with its optimizer."""
 
-    def __init__(self, s, dtype, experts, compiled, lr=1e-3, betas=(0.9, 0.999)):
+    def __init__(self, s, dtype, experts, compiled, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1, clip=1.0):
+        self.clip = clip
         self.model = Model(s, dtype, experts)
         self.parameters = list(self.model.parameters())
-        groups = [{"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": 0.1},
-                  {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0}]
+        decayed = [p.dim() >= 2 and "knock" not in name for name, p in self.model.named_parameters()]
+        groups = [{"params": [p for p, d in zip(self.parameters, decayed) if d], "weight_decay": weight_decay},
+                  {"params": [p for p, d in zip(self.parameters, decayed) if not d], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
         self.forward = torch.compile(self.model, dynamic=False) if compiled else self.model
 
     def step(self, tokens, targets):
         loss = self.forward(tokens, targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for layer in self.model.layers:
