@@ -77,12 +77,20 @@ struct ModelCost {
 };
 ModelCost cost(const MoeLmConfig& config, int64_t sequence_length);
 
+/// The residual stream, h + branch: the norm that reads the sum next also makes it, in one pass.
+struct Residual {
+  Tensor h;       ///< (B, T, hidden)
+  Tensor branch;  ///< (B, T, hidden): what the last block adds; undefined before the first
+
+  AddNorm add_and_norm(nn::RMSNorm& norm) const;
+  Residual last_token() const;
+};
+
 /// One block: attention and feed-forward, each behind a norm and added to the residual stream.
 class DecoderLayer : public nn::Module {
  public:
   DecoderLayer(const MoeLmConfig& config, bool dense);
-  /// h (B, T, hidden)
-  Tensor forward(const Tensor& h, const nn::AttentionInputs& inputs);
+  Residual forward(const Residual& stream, const nn::AttentionInputs& inputs);
 
   nn::RMSNorm input_layernorm, post_attention_layernorm;
   std::shared_ptr<nn::Attention> self_attn;
@@ -104,6 +112,11 @@ class MoeLm : public nn::Module {
   /// tokens (B, T) i64 -> logits (B, T, vocab_size).
   Tensor forward(const Tensor& tokens, const LmInputs& inputs = {});
   Tensor operator()(const Tensor& tokens, const LmInputs& inputs = {}) { return forward(tokens, inputs); }
+  /// What the output head reads: the normed end of the residual stream, (B, T, hidden).
+  Tensor hidden(const Tensor& tokens, const LmInputs& inputs = {});
+  /// Cross-entropy of the logits against targets (B, T), without holding all logits (linear_cross_entropy).
+  Tensor loss(const Tensor& tokens, const Tensor& targets, const CrossEntropyOptions& options = {},
+              const LmInputs& inputs = {});
 
   /// Empty caches for decoding.
   std::vector<nn::KvCache> make_caches() const { return std::vector<nn::KvCache>(layers_.size()); }
@@ -125,6 +138,7 @@ class MoeLm : public nn::Module {
 
  private:
   void init_weights();
+  const Tensor& head_weight() const { return lm_head_ ? lm_head_->weight : embed_tokens_.weight; }
 
   MoeLmConfig config_;
   nn::Embedding embed_tokens_;
@@ -139,6 +153,7 @@ class MoeLm : public nn::Module {
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_MODELS_MOE_LM)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/loss.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/view.hpp>
 
@@ -243,10 +258,20 @@ KNOCK_FUNC DecoderLayer::DecoderLayer(const MoeLmConfig& config, bool is_dense)
   }
 }
 
-KNOCK_FUNC Tensor DecoderLayer::forward(const Tensor& h, const nn::AttentionInputs& inputs) {
-  const Tensor attended = h + self_attn->forward(input_layernorm(h), inputs);
-  const Tensor normed = post_attention_layernorm(attended);
-  return attended + (dense ? dense->forward(normed) : moe->forward(normed));
+KNOCK_FUNC AddNorm Residual::add_and_norm(nn::RMSNorm& norm) const {
+  return branch.defined() ? norm.forward(branch, h) : AddNorm{h, norm(h)};
+}
+
+KNOCK_FUNC Residual Residual::last_token() const {
+  const int64_t last = h.size(1) - 1;
+  return {h.narrow(1, last, 1), branch.defined() ? branch.narrow(1, last, 1) : branch};
+}
+
+KNOCK_FUNC Residual DecoderLayer::forward(const Residual& stream, const nn::AttentionInputs& inputs) {
+  const AddNorm in = stream.add_and_norm(input_layernorm);
+  const Residual attended{in.sum, self_attn->forward(in.normed, inputs)};
+  const AddNorm mid = attended.add_and_norm(post_attention_layernorm);
+  return {mid.sum, dense ? dense->forward(mid.normed) : moe->forward(mid.normed)};
 }
 
 KNOCK_FUNC MoeLm::MoeLm(const MoeLmConfig& config)
@@ -285,22 +310,32 @@ KNOCK_FUNC void MoeLm::init_weights() {
   }
 }
 
-KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
+KNOCK_FUNC Tensor MoeLm::hidden(const Tensor& tokens, const LmInputs& inputs) {
   check(tokens.rank() == 2 && tokens.dtype() == DType::i64, "MoeLm", "tokens must be i64 (B, T), got ", tokens);
   check(!inputs.caches || inputs.caches->size() == layers_.size(), "MoeLm", "needs one cache for each of ",
         layers_.size(), " layers");
-  Tensor h = embed_tokens_(tokens).to(compute_dtype_);  // (B, T, C)
+  Residual stream{embed_tokens_(tokens).to(compute_dtype_), {}};
   const int64_t past = inputs.caches && !inputs.caches->empty() ? inputs.caches->front().length() : 0;
   const Tensor positions = inputs.positions.defined()
                                ? inputs.positions
                                : arange(past, past + tokens.size(1), 1, {DType::i64, tokens.device()});
   for (std::size_t i = 0; i < layers_.size(); ++i)
-    h = layers_[i]->forward(h, {.positions = positions,
-                                .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr,
-                                .documents = inputs.documents});
-  if (inputs.last_only && tokens.size(1) > 1) h = h.narrow(1, tokens.size(1) - 1, 1);
-  h = norm_(h);
-  return lm_head_ ? lm_head_->forward(h) : linear(h, nn::beside(h, embed_tokens_.weight));
+    stream = layers_[i]->forward(stream, {.positions = positions,
+                                          .cache = inputs.caches ? &(*inputs.caches)[i] : nullptr,
+                                          .documents = inputs.documents});
+  if (inputs.last_only && tokens.size(1) > 1) stream = stream.last_token();
+  return stream.add_and_norm(norm_).normed;
+}
+
+KNOCK_FUNC Tensor MoeLm::forward(const Tensor& tokens, const LmInputs& inputs) {
+  const Tensor h = hidden(tokens, inputs);
+  return linear(h, nn::beside(h, head_weight()));
+}
+
+KNOCK_FUNC Tensor MoeLm::loss(const Tensor& tokens, const Tensor& targets, const CrossEntropyOptions& options,
+                              const LmInputs& inputs) {
+  const Tensor h = hidden(tokens, inputs);
+  return linear_cross_entropy(h, nn::beside(h, head_weight()), targets, options);
 }
 
 KNOCK_FUNC void MoeLm::absorb_knocks() {
