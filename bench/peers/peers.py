@@ -226,10 +226,12 @@ def compare(comparison, arguments, failures):
     results = Results(comparison)
     arguments = argparse.Namespace(**{**vars(arguments), "threads": comparison.threads or arguments.threads,
                                       "rounds": comparison.rounds or arguments.rounds})
+    matched = False
     with tempfile.TemporaryDirectory() as folder:
         for job in comparison.jobs(arguments, folder):
             if arguments.match and arguments.match not in job.ours:
                 continue
+            matched = True
             one = Results(comparison)
             left = set(job.theirs)
             for turn in range(arguments.rounds):
@@ -247,6 +249,8 @@ def compare(comparison, arguments, failures):
                         part.add(rows, side)
                 if turn == 0 and len(one.rows) == 1:  # with more rows, each may have another best one
                     left &= set(one.best(one.rows[0], left))
+    if not matched:
+        raise RuntimeError(f"no program has the argument {arguments.match}")
     return results
 
 
