@@ -93,18 +93,27 @@ class TrainingStep {
       : model_((knock::manual_seed(1), c.model)),
         optimizer_(
             knock::optim::split_decay(model_.named_parameters(), knock::optim::AdamWOptions{.weight_decay = 0.1})),
-        parameters_(model_.parameters()),
-        rows_(c.train.batch_size * c.train.seq_len),
-        vocab_size_(c.model.vocab_size) {
+        parameters_(model_.parameters()) {
     if (c.train.precision == knock::train::Precision::bf16) model_.set_compute_dtype(knock::DType::bf16);
     const int64_t batch = c.train.batch_size, tokens = c.train.seq_len;
-    const knock::Tensor text = knock::randint(0, vocab_size_, {batch, tokens + 1});
+    const knock::Tensor text = knock::randint(0, c.model.vocab_size, {batch, tokens + 1});
     inputs_ = text.narrow(1, 0, tokens).contiguous();
-    targets_ = text.narrow(1, 1, tokens).reshape({rows_});
+    targets_ = text.narrow(1, 1, tokens).contiguous();
   }
 
+  /// Its parts are spans of a trace.
   void operator()() {
-    knock::cross_entropy(model_(inputs_).reshape({rows_, vocab_size_}), targets_).backward();
+    using knock::trace::Span;
+    knock::Tensor loss;
+    {
+      const Span span("forward");
+      loss = model_.loss(inputs_, targets_);
+    }
+    {
+      const Span span("backward");
+      loss.backward();
+    }
+    const Span span("update");
     optimizer_.step(knock::optim::clip_factor(knock::optim::grad_norm(parameters_), 1.0));
     optimizer_.zero_grad();
     for (knock::nn::MoE* moe : model_.moe_layers()) moe->update_bias();
@@ -114,7 +123,6 @@ class TrainingStep {
   knock::models::MoeLm model_;
   knock::optim::AdamW optimizer_;
   knock::Tensors parameters_;
-  int64_t rows_, vocab_size_;
   knock::Tensor inputs_, targets_;
 };
 
