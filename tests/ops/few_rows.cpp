@@ -1,5 +1,6 @@
 // What decoding runs on: products of few rows, attention of few queries, experts of few tokens, against other ways to
 // the same result, on every instruction set.
+#include <knock/autograd/engine.hpp>
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/cpu/isa.hpp>
@@ -286,4 +287,42 @@ TEST_CASE("few rows: experts of few tokens equal the composite") {
         CHECK(amax(abs(out[1])).item() == 0);
       }
   });
+}
+
+TEST_CASE("few rows: several products in one pass have the bits of each alone, for any number of threads") {
+  manual_seed(20);
+  const int before = num_threads();
+  on_every_isa([] {
+    const NoGradGuard no_grad;
+    for (const DType dtype : floats)
+      for (const int64_t rows : {0, 1, 3, 16, 17})
+        for (const int64_t depth : {1, 8, 37, 1030}) {
+          INFO(text(rows, " rows, ", depth, " deep, ", dtype));
+          const Tensor x = randn({rows, depth}).to(dtype);
+          const Tensor across = randn({depth, 40}).to(dtype).t();  // contiguous along n
+          const auto matrix = [&](int64_t n) { return randn({n, depth}).to(dtype); };
+          for (const Tensors& weights : {Tensors{matrix(5), matrix(300), matrix(1)}, Tensors{matrix(64), across}})
+            for (const int threads : {1, 3}) {
+              set_num_threads(threads);
+              const Tensors together = linear_many(x, weights);
+              REQUIRE(together.size() == weights.size());
+              for (std::size_t i = 0; i < weights.size(); ++i)
+                CHECK(test::same_bits(together[i], linear(x, weights[i])));
+            }
+        }
+  });
+  set_num_threads(before);
+  const Tensor x = randn({2, 3, 8}), w = randn({4, 8}), v = randn({5, 8});
+  x.narrow(0, 0, 1).fill_(2);
+  Tensor(w).requires_grad_();
+  const Tensors recorded = linear_many(x, {w, v});
+  CHECK(test::same_bits(autograd::grad({sum(recorded[0])}, {w})[0], autograd::grad({sum(linear(x, w))}, {w})[0]));
+  CHECK(recorded[1].shape() == Shape{2, 3, 5});
+  const NoGradGuard no_grad;
+  const Tensor strided = randn({3, 2, 8}).transpose(0, 1);  // (2, 3, 8)
+  CHECK(test::same_bits(linear_many(strided, {w, v})[1], linear(strided, v)));
+  CHECK(test::contains(test::error_of([&] {
+                         linear_many(x, {w, randn({5, 7})});
+                       }),
+                       "[linear] inner dimensions differ"));
 }
