@@ -229,6 +229,38 @@ TEST_CASE("attention: decoding with a cache equals one full forward, in chunks o
   CHECK(distance(cat({first, second}, 1), block->forward(x)) <= 1e-13);
 }
 
+TEST_CASE("attention: with a window a cache drops what no later token sees") {
+  const NoGradGuard no_grad;
+  for (AttentionOptions o : all_kinds()) {
+    if (o.variant == AttentionVariant::hydra) continue;
+    for (const int64_t window : {1, 4, 80}) {
+      o.window = window;
+      const auto block = random_block(o);
+      const Tensor x = randn({2, 300, 12}, {.dtype = DType::f64});
+      const Tensor ids = floor_divide(arange(0, 300), 7);
+      for (const bool packed : {false, true}) {
+        const auto documents = [&](int64_t at, int64_t n) { return packed ? ids.narrow(0, at, n) : Tensor(); };
+        const Tensor whole = block->forward(x, {.documents = documents(0, 300)});
+        for (const int64_t chunk : {1, 7, 90}) {
+          INFO(title(o), ", window ", window, ", packed ", packed, ", chunk ", chunk);
+          nn::KvCache cache;
+          Tensors parts;
+          int64_t most = 0;
+          for (int64_t at = 0; at < 300; at += chunk) {
+            const int64_t n = std::min(chunk, 300 - at);
+            parts.push_back(block->forward(x.narrow(1, at, n), {.cache = &cache, .documents = documents(at, n)}));
+            most = std::max(most, cache.kept());
+          }
+          CHECK(cache.length() == 300);
+          CHECK(most >= std::min<int64_t>(window, 300));
+          CHECK(most <= window + chunk + std::max<int64_t>(window, 64));
+          CHECK(distance(cat(parts, 1), whole) <= 1e-13);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("attention: what a cache keeps of a token is what the kind promises") {
   const auto numbers = [](AttentionOptions o) { return nn::cost(o, 1).cache_numbers; };
   const AttentionOptions o{.hidden = 64, .q_heads = 8, .kv_heads = 2, .head_dim = 8, .rope_dim = 4};

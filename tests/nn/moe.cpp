@@ -297,6 +297,63 @@ TEST_CASE("moe: the router computes in f32 whatever the precision") {
   CHECK(integers(moe.load()) == integers(expert_load(routing.indices, 16)));
 }
 
+TEST_CASE("moe: the router in one kernel equals the composite, with gradients of bf16 and f32 features") {
+  for (const MoEOptions& mode : modes())
+    for (const bool normalised : {false, true})
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        if (mode.forced_balance) continue;
+        MoEOptions options = mode;
+        options.norm_topk_prob = normalised, options.routed_scaling_factor = 1.5;
+        MoE moe(options);
+        const Tensor& bias = moe.gate.e_score_correction_bias;
+        Tensor(bias).copy_(0.3 * randn({4}));
+        const Tensor x = randn({50, 6}).to(dtype), dy = randn({50, options.top_k}).to(dtype);
+        const Routes composed = composite::route(linear(x.to(DType::f32), moe.gate.weight), bias,
+                                                 {.top_k = options.top_k,
+                                                  .scores = options.router,
+                                                  .norm_topk_prob = normalised,
+                                                  .routed_scaling_factor = 1.5,
+                                                  .n_group = options.n_group,
+                                                  .topk_group = options.topk_group});
+        const nn::Routing fused = moe.gate.forward(x);
+        CHECK(same_bits(fused.indices, composed.indices));
+        CHECK(distance(fused.weights, composed.weights) <= 1e-6);
+        const auto gradient = [&](const Tensor& weights) {
+          return autograd::grad({sum((weights.to(dtype) * dy).to(DType::f32))}, {moe.gate.weight})[0];
+        };
+        CHECK(amax(abs(gradient(composed.weights))).item() > 0.1);
+        CHECK(distance(gradient(fused.weights), gradient(composed.weights)) <= 1e-5);
+      }
+}
+
+TEST_CASE("route: the bias chooses and takes no gradient, errors name the option") {
+  const Tensor logits = from_data(std::vector<double>{0, 1, 2, 3}, {1, 4}).requires_grad_();
+  const Tensor bias = from_data(std::vector<double>{9, 0, 0, 0}, {4}).requires_grad_();
+  const Routes routes = route(logits, bias, {.top_k = 2, .norm_topk_prob = false});
+  CHECK(integers(routes.indices) == std::vector<int64_t>{0, 3});
+  CHECK(distance(routes.weights, from_data(std::vector<double>{0.5, 1 / (1 + std::exp(-3.0))}, {1, 2})) <= 1e-15);
+  sum(routes.weights).backward();
+  CHECK(!bias.grad().defined());
+  CHECK(logits.grad().to_vector<double>()[0] == 0.25);
+  CHECK(logits.grad().to_vector<double>()[1] == 0);
+
+  const auto fails = [&](const Tensor& x, const Tensor& b, const RouteOptions& options, const char* message) {
+    CHECK_MESSAGE(contains(error_of([&] { route(x, b, options); }), message), message);
+    CHECK_MESSAGE(contains(error_of([&] { composite::route(x, b, options); }), message), message);
+  };
+  const Tensor x = randn({3, 6}), none;
+  fails(x.to(DType::bf16), none, {}, "[route] logits must be f32 or f64 (N, E), got (3, 6) bf16 cpu");
+  fails(randn({3}), none, {}, "[route] logits must be f32 or f64 (N, E)");
+  fails(x, randn({5}), {}, "[route] bias (5,) f32 cpu must be (E) of the dtype of logits");
+  fails(x, zeros({6}, {.dtype = DType::f64}), {}, "[route] bias (6,) f64 cpu must be (E) of the dtype of logits");
+  fails(x, none, {.top_k = 0}, "[route] top_k 0 is outside 1 to 6");
+  fails(x, none, {.top_k = 7}, "[route] top_k 7 is outside 1 to 6");
+  fails(x, none, {.n_group = 4}, "[route] experts 6 is not divisible by n_group 4");
+  fails(x, none, {.n_group = 6}, "[route] a group needs at least 2 experts, n_group 6 leaves 1");
+  fails(x, none, {.n_group = 3, .topk_group = 4}, "[route] topk_group 4 is outside 1 to n_group 3");
+  fails(x, none, {.top_k = 3, .n_group = 3}, "[route] top_k 3 exceeds the 2 experts of topk_group 1 groups");
+}
+
 TEST_CASE("moe: losses of the parts of a batch average to those of the batch") {
   for (const auto& mode : modes()) {
     MoE moe(mode);

@@ -109,18 +109,20 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
     };
     project(in.gate, own);
     project(in.up, own + f);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T *const g = own + i * 2 * f, *const u = g + f;
-      const C s = static_cast<C>(weights[order[group.begin + i]]);
-      activation.at(group.begin + i, [&](auto* to) {
-        KNOCK_SIMD
-        for (int64_t j = begin; j < end; ++j) {
-          const C gate = static_cast<C>(g[j]);
-          const T value = static_cast<T>(s * (gate * math::sigmoid(gate)) * static_cast<C>(u[j]));
-          to[j] = static_cast<std::remove_pointer_t<decltype(to)>>(value);
-        }
-      });
-    }
+    vectorized([&] {
+      for (int64_t i = 0; i < rows; ++i) {
+        const T *const g = own + i * 2 * f, *const u = g + f;
+        const C s = static_cast<C>(weights[order[group.begin + i]]);
+        activation.at(group.begin + i, [&](auto* to) {
+          KNOCK_SIMD
+          for (int64_t j = begin; j < end; ++j) {
+            const C gate = static_cast<C>(g[j]);
+            const T value = static_cast<T>(s * (gate * math::sigmoid(gate)) * static_cast<C>(u[j]));
+            to[j] = static_cast<std::remove_pointer_t<decltype(to)>>(value);
+          }
+        });
+      }
+    });
   });
 
   const Scratch<C> sorted(sorted_rows * c);  // weighted outputs

@@ -14,10 +14,12 @@ class KvCache {
  public:
   /// Tokens seen.
   int64_t length() const { return length_; }
+  /// Those of them that are kept, the last ones.
+  int64_t kept() const { return kept_; }
   void clear();
-  /// Appends parts (B, heads, T, dim), each call the same ones for more tokens, and gives all so far, (B, heads,
-  /// length, dim) each.
-  Tensors append(const Tensors& parts);
+  /// Appends parts (B, heads, T, dim), each call the same ones for more tokens, and gives all that are kept, (B, heads,
+  /// kept, dim) each. With a window, tokens that neither these nor later ones see are dropped when memory runs out.
+  Tensors append(const Tensors& parts, int64_t window = 0);
   /// Floating-point numbers kept for each token and sequence.
   int64_t numbers_per_token() const;
 
@@ -28,7 +30,7 @@ class KvCache {
  private:
   Tensors parts_;  // (B, heads, capacity, dim)
   Tensors state_;
-  int64_t length_ = 0;
+  int64_t length_ = 0, kept_ = 0;
 };
 
 struct AttentionInputs {
@@ -71,8 +73,9 @@ class Attention : public Module {
   static Tensor positions_of(const Tensor& x, const AttentionInputs& inputs);
   /// RoPE on the leading features of x (B, H, T, D), all of them unless the options say less, behind `norm` if any.
   Tensor rotate(const Tensor& x, const Tensor& positions, RMSNorm* norm = nullptr) const;
-  /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them.
-  static Seen with_past(const Tensors& parts, const AttentionInputs& inputs);
+  /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them; without tokens that the window
+  /// hides from all of these, perhaps.
+  Seen with_past(const Tensors& parts, const AttentionInputs& inputs) const;
   /// `documents` as (B, T), checked; undefined without.
   static Tensor documents_of(const AttentionInputs& inputs, int64_t batch, int64_t tokens);
   /// Causal, window and document mask.
@@ -118,11 +121,11 @@ Tensor split_heads(const Tensor& x, int64_t dim);
 namespace knock::nn {
 
 KNOCK_FUNC void KvCache::clear() {
-  length_ = 0;
+  length_ = kept_ = 0;
   state_.clear();
 }
 
-KNOCK_FUNC Tensors KvCache::append(const Tensors& parts) {
+KNOCK_FUNC Tensors KvCache::append(const Tensors& parts, int64_t window) {
   for (const Tensor& part : parts)
     check(!autograd::is_recording() || !part.requires_grad(), "KvCache",
           "a cache does not record gradients; decode under NoGradGuard");
@@ -130,23 +133,26 @@ KNOCK_FUNC Tensors KvCache::append(const Tensors& parts) {
   if (parts_.empty()) parts_.resize(parts.size());
   check(parts.size() == parts_.size(), "KvCache", "holds ", parts_.size(), " parts of each token, given ", parts.size(),
         "; documents are given in every call or in none");
-  const int64_t tokens = parts[0].size(2), needed = length_ + tokens;
+  const int64_t tokens = parts[0].size(2);
+  const bool full = !parts_[0].defined() || kept_ + tokens > parts_[0].size(2);
+  const int64_t past = full && window > 0 ? std::min(kept_, window - 1) : kept_, needed = past + tokens;
   Tensors all;
   for (std::size_t i = 0; i < parts.size(); ++i) {
     Tensor& held = parts_[i];
-    if (!held.defined() || needed > held.size(2)) {
+    if (full) {
       Shape shape = parts[i].shape();
-      shape[2] = std::max<int64_t>(64, 2 * needed);
-      const Tensor larger = empty(shape, {parts[i].dtype(), parts[i].device()});
-      if (length_ > 0) larger.narrow(2, 0, length_).copy_(held.narrow(2, 0, length_));
-      held = larger;
+      shape[2] = needed + std::max<int64_t>(64, window > 0 ? std::min(needed, window) : needed);
+      const Tensor next = empty(shape, {parts[i].dtype(), parts[i].device()});
+      if (past > 0) next.narrow(2, 0, past).copy_(held.narrow(2, kept_ - past, past));
+      held = next;
     }
     check(parts[i].size(0) == held.size(0), "KvCache", "holds a batch of ", held.size(0), ", given ", parts[i].size(0),
           "; clear it first");
-    held.narrow(2, length_, tokens).copy_(parts[i]);
+    held.narrow(2, past, tokens).copy_(parts[i]);
     all.push_back(held.narrow(2, 0, needed));
   }
-  length_ = needed;
+  kept_ = needed;
+  length_ += tokens;
   return all;
 }
 
@@ -205,14 +211,14 @@ KNOCK_FUNC Tensor Attention::documents_of(const AttentionInputs& inputs, int64_t
   return documents.expand({batch, tokens});
 }
 
-KNOCK_FUNC Attention::Seen Attention::with_past(const Tensors& parts, const AttentionInputs& inputs) {
+KNOCK_FUNC Attention::Seen Attention::with_past(const Tensors& parts, const AttentionInputs& inputs) const {
   const int64_t batch = parts[0].size(0), tokens = parts[0].size(2);
   Seen out{parts, documents_of(inputs, batch, tokens)};
   if (!inputs.cache) return out;
   if (out.documents.defined()) out.parts.push_back(out.documents.reshape({batch, 1, tokens, 1}));
-  out.parts = inputs.cache->append(out.parts);
+  out.parts = inputs.cache->append(out.parts, options_.window);
   if (!out.documents.defined()) return out;
-  out.documents = out.parts.back().reshape({batch, inputs.cache->length()});
+  out.documents = out.parts.back().reshape({batch, inputs.cache->kept()});
   out.parts.pop_back();
   return out;
 }
