@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Seconds of processor time to compile a file that includes the library (median of 3), g++ and clang++ at -O2.
+# seconds of processor time to compile a file that includes the library (median of 3), g++ and clang++ at -O2.
 #
 #   ./run bench compile [--json]
 set -euo pipefail

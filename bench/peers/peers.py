@@ -285,6 +285,7 @@ def write(path, title, limits, heading, body):
 def parse():
     parser = argparse.ArgumentParser(prog="./run bench peers", description="Measures ours and the rivals in turn; a "
                                      "ratio above 1 says that ours is better.")
+    parser.error = stop
     parser.add_argument("--only", default="", help=f"some of: {', '.join(COMPARISONS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
