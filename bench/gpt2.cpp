@@ -56,8 +56,7 @@ struct Gpt2 : nn::Module {
   Tensor loss(const Tensor& ids, const Tensor& targets, DType dtype) {
     Tensor h = (tokens(ids) + positions.weight.narrow(0, 0, ids.size(1))).to(dtype);
     for (const auto& block : blocks) h = block->forward(h);
-    const Tensor logits = linear(norm(h), tokens.weight.to(dtype));
-    return cross_entropy(logits.reshape({-1, vocab}), targets.reshape({-1}));
+    return linear_cross_entropy(norm(h), tokens.weight, targets);
   }
 };
 

@@ -51,7 +51,7 @@ TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after f
       start.insert(text("model.layers.", layer, ".mlp.gate.e_score_correction_bias"), zeros({4}));
     model.load_state_dict(start);
     const Tensor tokens = golden().at(name + "/tokens");
-    const Tensor inputs = tokens.narrow(1, 0, 9), targets = tokens.narrow(1, 1, 9).reshape({18});
+    const Tensor inputs = tokens.narrow(1, 0, 9), targets = tokens.narrow(1, 1, 9);
     const auto losses = golden().at(name + "/losses").to_vector<double>();
 
     const Tensor logits = model(inputs);
@@ -59,7 +59,7 @@ TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after f
     optim::AdamW optimizer(optim::split_decay(
         model.named_parameters(), optim::AdamWOptions{.lr = 1e-2, .betas = {0.9, 0.95}, .weight_decay = 0.1}));
     for (const double expected : losses) {
-      const Tensor loss = cross_entropy(model(inputs).reshape({18, 17}), targets);
+      const Tensor loss = model.loss(inputs, targets);
       CHECK(loss.item() == doctest::Approx(expected).epsilon(1e-10));
       loss.backward();
       optimizer.step();
@@ -72,8 +72,13 @@ TEST_CASE("MoeLm: equals PyTorch: logits, every gradient, and parameters after f
     }
 
     model.load_state_dict(start);
-    cross_entropy(model(inputs).reshape({18, 17}), targets).backward();
-    check_gradients(model, golden_group(name, "grad"), 1e-12);
+    for (const bool fused : {false, true}) {
+      const Tensor loss =
+          fused ? model.loss(inputs, targets) : cross_entropy(model(inputs).reshape({18, 17}), targets.reshape({18}));
+      loss.backward();
+      check_gradients(model, golden_group(name, "grad"), 1e-12);
+      optimizer.zero_grad();
+    }
   }
 }
 
@@ -181,7 +186,10 @@ TEST_CASE("MoeLm: computes in bf16 near its f32 self, gradients in f32") {
   const Tensor rounded = model(tokens);
   CHECK(rounded.dtype() == DType::bf16);
   CHECK(distance(rounded, exact) <= 3e-2);
-  sum(rounded).backward();
+  const Tensor loss = model.loss(tokens, tokens);
+  CHECK(loss.dtype() == DType::f32);
+  CHECK(std::abs(loss.item() - cross_entropy(exact.reshape({24, 50}), tokens.reshape({24})).item()) <= 1e-2);
+  (sum(rounded).to(DType::f32) + loss).backward();
   for (const Tensor& parameter : model.parameters()) CHECK(parameter.grad().dtype() == DType::f32);
 }
 

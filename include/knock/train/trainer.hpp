@@ -80,7 +80,8 @@ class Trainer {
   void build_model();
   void build_optimizer();
   std::optional<StepResult> step(double lr);
-  Tensor logits_of(const data::Batch& batch);
+  models::LmInputs lm_inputs(const Tensor& tokens) const;
+  Tensor batch_loss(const data::Batch& batch);
   Tensors step_loads();
   Tensor micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum);
   std::vector<ExpertsRecord> experts_record() const;
@@ -122,7 +123,6 @@ std::string describe(const Config& config);
 #include <knock/io/folder.hpp>
 #include <knock/io/trace.hpp>
 #include <knock/ops/binary.hpp>
-#include <knock/ops/loss.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/scan.hpp>
 #include <knock/ops/view.hpp>
@@ -263,12 +263,18 @@ KNOCK_FUNC void Trainer::build_optimizer() {
 
 KNOCK_FUNC double Trainer::learning_rate(int64_t step) const { return config_.optim.lr * schedule_.factor(step); }
 
-KNOCK_FUNC Tensor Trainer::logits_of(const data::Batch& batch) {
-  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
+KNOCK_FUNC models::LmInputs Trainer::lm_inputs(const Tensor& tokens) const {
   models::LmInputs inputs;
   if (config_.train.document_mask)  // a document begins with the token that separates
     inputs.documents = cumsum(eq(tokens, tokenizer_.eos_id()).to(DType::i64), 1);
-  return model_->forward(tokens, inputs).reshape({-1, config_.model.vocab_size});
+  return inputs;
+}
+
+/// The loss of a batch, summed over its targets.
+KNOCK_FUNC Tensor Trainer::batch_loss(const data::Batch& batch) {
+  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
+  return model_->loss(tokens, from_data(batch.targets, {batch.rows, batch.seq_len}),
+                      {.ignore_index = data::ignored_target, .reduction = Reduction::sum}, lm_inputs(tokens));
 }
 
 /// The load of each MoE layer over all of the step's micro-batches, before the first backward; nothing where no balance
@@ -279,8 +285,11 @@ KNOCK_FUNC Tensors Trainer::step_loads() {
   if (config_.train.balance_loss == 0 || batches_.size() == 1 || layers.empty()) return loads;
   const NoGradGuard no_grad;
   const RngState random = rng_state();  // the forwards with gradients draw the same
-  for (const data::Batch& batch : batches_)
-    if (!stop_requested) logits_of(batch);
+  for (const data::Batch& batch : batches_) {
+    if (stop_requested) break;
+    const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
+    model_->hidden(tokens, lm_inputs(tokens));
+  }
   set_rng_state(random);
   for (nn::MoE* moe : layers) {
     loads.push_back(moe->health().load.clone());
@@ -293,8 +302,7 @@ KNOCK_FUNC Tensors Trainer::step_loads() {
 KNOCK_FUNC Tensor Trainer::micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum) {
   const TrainOptions& t = config_.train;
   const auto step_tokens = static_cast<double>(t.grad_accum * batch.target_tokens);
-  const Tensor sum = cross_entropy(logits_of(batch), from_data(batch.targets, {batch.rows * batch.seq_len}),
-                                   {.reduction = Reduction::sum});
+  const Tensor sum = batch_loss(batch);
   loss_sum += sum.item<double>();
   const double share = 1 / static_cast<double>(t.grad_accum);
   Tensor loss = sum / step_tokens;
@@ -462,9 +470,7 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
   double nats = 0;
   int64_t bytes = 0;
   while (!stop_requested && windows.next(t.batch_size, batch)) {
-    nats += cross_entropy(logits_of(batch), from_data(batch.targets, {batch.rows * batch.seq_len}),
-                          {.ignore_index = data::ignored_target, .reduction = Reduction::sum})
-                .item<double>();
+    nats += batch_loss(batch).item<double>();
     out.tokens += batch.target_tokens;
     bytes += batch.target_bytes;
   }
@@ -511,8 +517,7 @@ inline double saved_per_token(const models::MoeLmConfig& c) {
                      static_cast<double>(c.shared_experts * c.expert_ffn) * 3;
   const auto dense_layers = static_cast<double>(c.experts == 0 ? c.layers : c.dense_layers);
   const auto layers = static_cast<double>(c.layers);
-  return layers * attention + dense_layers * dense + (layers - dense_layers) * moe +
-         2 * static_cast<double>(c.vocab_size);
+  return layers * attention + dense_layers * dense + (layers - dense_layers) * moe + 2 * hidden;
 }
 
 }  // namespace detail
