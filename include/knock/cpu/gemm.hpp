@@ -4,8 +4,9 @@
 // The structure is that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): b is
 // packed once and used by all tiles of rows of a (cpu/gemm_tile.hpp).
 //
-// Work is cut into tiles of the output, and long K of small outputs into parts that are added in order, by shape alone;
-// every tile is made by one thread. The result has the same bits for any number of threads.
+// Work is cut into tiles of the output, each made by one thread: how many does not touch the order of any sum. Long K
+// of small outputs is cut into parts by shape alone, which are added in order. The result has the same bits for any
+// number of threads.
 
 #include <knock/core/backend.hpp>
 
@@ -69,16 +70,18 @@ struct Tiling {
   int64_t count() const { return row_tiles * col_tiles; }
 };
 
-/// Tiles of about 112 rows and up to 512 columns; narrower ones where there would be few tiles.
+/// Tiles of up to 128 rows and 512 columns; narrower ones where there would be few tiles for each thread.
 template <class P>
 Tiling tile(int64_t m, int64_t n) {
-  const int64_t width = micro_kernels<P>().cols;
-  int64_t row_tiles = (m + 111) / 112;
-  if (row_tiles > 4) row_tiles = (row_tiles + 3) / 4 * 4;
+  const int64_t width = micro_kernels<P>().cols, least = 4 * num_threads();
+  const int64_t row_tiles = (m + 127) / 128;
   int64_t tile_cols = 512;
-  while (tile_cols > 2 * width && row_tiles * ((n + tile_cols - 1) / tile_cols) < 16) tile_cols /= 2;
+  while (tile_cols > 2 * width && row_tiles * ((n + tile_cols - 1) / tile_cols) < least) tile_cols /= 2;
   return {row_tiles, tile_cols, (n + tile_cols - 1) / tile_cols};
 }
+
+/// Whether too few tiles can be made of an output to share it out.
+inline bool small_output(int64_t m, int64_t n) { return (m + 127) / 128 * ((n + 63) / 64) <= 8; }
 
 /// A small output with long K: the parts of K are computed side by side and added in order.
 template <class P>
@@ -112,7 +115,7 @@ template <class P>
 void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operand b, sum_t<P> beta, Operand c,
                 Result out) {
   const Tiling tiles = tile<P>(m, n);
-  if (tiles.count() <= 8 && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
+  if (small_output(m, n) && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
   if (tiles.row_tiles == 1) {  // no column of b is used twice
     parallel_tasks(tiles.col_tiles, [&](int64_t t) {

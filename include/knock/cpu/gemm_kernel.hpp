@@ -1,20 +1,26 @@
 #pragma once
-// The innermost part of a matrix product: a block of MR x NR results kept in registers while K runs.
+// The innermost part of a matrix product: a block of MR x NR results kept in
+// registers while K runs.
 //
 //   for p in 0..k:  acc[i][j] += a(i, p) * b(p, j)        i < MR, j < NR
 //
-// Each step loads the NR values b(p, :) as vectors and broadcasts MR values of a. Register budget:
+// Each step loads the NR values b(p, :) as vectors and broadcasts MR values of
+// a. Register budget:
 //
-//   avx512    32 registers:  14 x 2 vectors of results + 2 of b + 1 broadcast   f32 14 x 32, f64 14 x 16
-//   avx2      16 registers:   6 x 2 vectors of results + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8
-//   portable  16 registers:   4 x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4
-//   amx       8 tiles:        2 x 2 tiles of results, 2 of a, 2 of b            bf16 32 x 32 (cpu/gemm_amx.hpp)
+//   avx512    32 registers:  14 x 2 vectors of results + 2 of b + 1 broadcast
+//   f32 14 x 32, f64 14 x 16 avx2      16 registers:   6 x 2 vectors of results
+//   + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8 portable  16 registers: 4
+//   x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4 amx
+//   8 tiles:        2 x 2 tiles of results, 2 of a, 2 of b            bf16 32 x
+//   32 (cpu/gemm_amx.hpp)
 //
-// bf16 comes in pairs of neighbours along K where the machine has dot products of pairs (vdpbf16ps: two products a lane
-// and step, added up in f32): the same 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
+// bf16 comes in pairs of neighbours along K where the machine has dot products
+// of pairs (vdpbf16ps: two products a lane and step, added up in f32): the same
+// 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
 //
-// Fewer rows have kernels of their own, so that the rows of a block are shared out evenly. The structure around it is
-// that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
+// Fewer rows have kernels of their own, so that the rows of a block are shared
+// out evenly. The structure around it is that of Goto and van de Geijn,
+// "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
 
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm_amx.hpp>
@@ -30,7 +36,8 @@ struct Pair {
   bf16 first, second;
 };
 
-/// What micro-kernels multiply: float, double or Pair. A unit stands for this many elements along K.
+/// What micro-kernels multiply: float, double or Pair. A unit stands for this
+/// many elements along K.
 template <class P>
 inline constexpr int64_t unit_size = std::is_same_v<P, Pair> ? 2 : 1;
 
@@ -42,7 +49,8 @@ using sum_t = std::conditional_t<std::is_same_v<P, Pair>, float, P>;
 template <class P>
 using operand_t = std::conditional_t<std::is_same_v<P, Pair>, bf16, P>;
 
-/// Results of one call of a micro-kernel: out = alpha * acc + beta * addend, NR columns wide.
+/// Results of one call of a micro-kernel: out = alpha * acc + beta * addend, NR
+/// columns wide.
 template <class C>
 struct MicroOutput {
   C* out;
@@ -69,15 +77,21 @@ using MicroKernel = void (*)(int64_t k, const P* a, int64_t a_row, int64_t a_ste
 
 inline constexpr int max_micro_rows = 32;
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to `rows`. Blocks of fewer rows may take as
-/// long as those of `multiple` more.
+#if KNOCK_X86
+/// Two vectors of float, rounded to bf16.
+typedef uint16_t RoundedPair __attribute__((vector_size(64), aligned(2), may_alias));
+#endif
+
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to
+/// `rows`. Blocks of fewer rows may take as long as those of `multiple` more.
 template <class P>
 struct MicroKernels {
   int64_t rows, cols, multiple;
   MicroKernel<P> run[max_micro_rows];
 };
 
-/// The micro-kernels of the instruction set in use; those of Pair only where it has them.
+/// The micro-kernels of the instruction set in use; those of Pair only where it
+/// has them.
 const MicroKernels<float>& micro_kernels_f32();
 const MicroKernels<double>& micro_kernels_f64();
 const MicroKernels<Pair>& micro_kernels_pair();
@@ -88,7 +102,8 @@ const MicroKernels<P>& micro_kernels() {
   if constexpr (std::is_same_v<P, Pair>) return micro_kernels_pair();
 }
 
-/// Calls `body(Type<P>{})` with what products of T are made of in the instruction set in use.
+/// Calls `body(Type<P>{})` with what products of T are made of in the
+/// instruction set in use.
 template <class T, class Body>
 decltype(auto) dispatch_packed(Body&& body) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -115,14 +130,20 @@ struct VectorOf {
   static constexpr int lanes = bytes / static_cast<int>(sizeof(T));
 };
 
-/// to = value in bf16, rounded as in core/dtype.hpp.
+typedef uint16_t BothHalves __attribute__((vector_size(64), aligned(2), may_alias));
+
+/// to (2 vectors) = low, then high, in bf16, rounded as in core/dtype.hpp.
 template <int bytes>
-__attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type& value, bf16* to) {
+__attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type& low,
+                                                         const typename VectorOf<float, bytes>::Type& high, bf16* to) {
   using Bits = typename VectorOf<uint32_t, bytes>::Type;
   typedef uint16_t Half __attribute__((vector_size(bytes / 2), aligned(2), may_alias));
-  const Bits bits = reinterpret_cast<Bits>(value), upper = bits >> 16;
-  const Bits rounded = (bits + 0x7fffU + (upper & 1U)) >> 16;
-  *reinterpret_cast<Half*>(to) = __builtin_convertvector(value == value ? rounded : upper | 0x40U, Half);
+  for (const auto& value : {low, high}) {
+    const Bits bits = reinterpret_cast<Bits>(value), upper = bits >> 16;
+    const Bits rounded = (bits + 0x7fffU + (upper & 1U)) >> 16;
+    *reinterpret_cast<Half*>(to) = __builtin_convertvector(value == value ? rounded : upper | 0x40U, Half);
+    to += bytes / 4;
+  }
 }
 
 #define KNOCK_UNROLL _Pragma("GCC unroll 16")
@@ -133,23 +154,33 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
 #define KNOCK_ADD_DOT_PRODUCT(acc, factor, b) \
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(std::bit_cast<int>(factor) - VectorOf<int, 64>::Type{}))
 
-// Row i, vector j of the results becomes alpha * acc + beta * addend.
-#define KNOCK_STORE_RESULT(acc, i, j)                                                                              \
-  {                                                                                                                \
-    typename Vector::Type value = to.alpha * (acc);                                                                \
-    if (to.beta != 0)                                                                                              \
-      value += to.beta *                                                                                           \
-               *reinterpret_cast<const typename Vector::Unaligned*>(to.addend + (i)*to.addend_stride + (j)*lanes); \
-    if (to.rounded) {                                                                                              \
-      if constexpr (std::is_same_v<sum_t<P>, float>)                                                               \
-        store_rounded<sizeof(value)>(value, to.rounded + (i)*to.out_stride + (j)*lanes);                           \
-    } else {                                                                                                       \
-      *reinterpret_cast<typename Vector::Unaligned*>(to.out + (i)*to.out_stride + (j)*lanes) = value;              \
-    }                                                                                                              \
+// bf16 at `to`: two vectors of float, by arithmetic or by the processor.
+#define KNOCK_ROUND(low, high, to) store_rounded<sizeof(low)>(low, high, to)
+#define KNOCK_ROUND_DOT_PRODUCTS(low, high, to) \
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*reinterpret_cast<BothHalves*>(to)) : "v"(low), "v"(high))
+
+// Row i of the results becomes alpha * acc + beta * addend.
+#define KNOCK_STORE_ROW(acc0, acc1, i, ROUND)                                                          \
+  {                                                                                                    \
+    using Unaligned = typename Vector::Unaligned;                                                      \
+    typename Vector::Type low = to.alpha * (acc0), high = to.alpha * (acc1);                           \
+    if (to.beta != 0) {                                                                                \
+      const auto* const addend = to.addend + (i)*to.addend_stride;                                     \
+      low += to.beta * *reinterpret_cast<const Unaligned*>(addend);                                    \
+      high += to.beta * *reinterpret_cast<const Unaligned*>(addend + lanes);                           \
+    }                                                                                                  \
+    if (to.rounded) {                                                                                  \
+      if constexpr (std::is_same_v<sum_t<P>, float>) ROUND(low, high, to.rounded + (i)*to.out_stride); \
+    } else {                                                                                           \
+      *reinterpret_cast<Unaligned*>(to.out + (i)*to.out_stride) = low;                                 \
+      *reinterpret_cast<Unaligned*>(to.out + (i)*to.out_stride + lanes) = high;                        \
+    }                                                                                                  \
   }
 
-// One text, compiled once per instruction set.
-#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT)                                            \
+// One text, compiled once per instruction set. Rows of a are reached from three
+// of them, hidden from the compiler, which would keep the distance of every row
+// in a register and run out of them.
+#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT, ROUND)                                     \
   template <class P, int rows>                                                                          \
   target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,    \
                    const MicroOutput<sum_t<P>>& to) {                                                   \
@@ -161,29 +192,29 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
         __builtin_prefetch(to.out + i * to.out_stride + lanes, 1);                                      \
       }                                                                                                 \
     }                                                                                                   \
+    const P* group[] = {a, a + (rows > 5 ? 5 : 0) * a_row, a + (rows > 10 ? 10 : 0) * a_row};           \
+    int64_t row = a_row, three_rows = 3 * a_row;                                                        \
+    __asm__("" : "+r"(group[0]), "+r"(group[1]), "+r"(group[2]), "+r"(row), "+r"(three_rows));          \
     typename Vector::Type acc[rows][2] = {};                                                            \
     for (int64_t p = 0; p < k; ++p) {                                                                   \
       const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);         \
       const typename Vector::Type b1 = *reinterpret_cast<const typename Vector::Unaligned*>(b + lanes); \
       KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                     \
-        const P factor = a[i * a_row];                                                                  \
+        const P factor = group[i / 5][i % 5 == 3 ? three_rows : i % 5 * row];                           \
         ADD_PRODUCT(acc[i][0], factor, b0);                                                             \
         ADD_PRODUCT(acc[i][1], factor, b1);                                                             \
       }                                                                                                 \
-      a += a_step;                                                                                      \
+      for (const P*& at : group) at += a_step;                                                          \
       b += b_step;                                                                                      \
     }                                                                                                   \
-    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                       \
-      KNOCK_STORE_RESULT(acc[i][0], i, 0)                                                               \
-      KNOCK_STORE_RESULT(acc[i][1], i, 1)                                                               \
-    }                                                                                                   \
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_STORE_ROW(acc[i][0], acc[i][1], i, ROUND)         \
   }
 
-KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT)
+KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT, KNOCK_ROUND)
 #if KNOCK_X86
-KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32, KNOCK_ADD_PRODUCT)
-KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT)
-KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT)
+KNOCK_MICRO_KERNEL(micro_avx2, KNOCK_TARGET_AVX2, 32, KNOCK_ADD_PRODUCT, KNOCK_ROUND)
+KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT, KNOCK_ROUND)
+KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT, KNOCK_ROUND_DOT_PRODUCTS)
 
 /// The sums come from the matrix unit.
 template <class Tiles, int rows>
@@ -194,13 +225,16 @@ KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, in
   constexpr int lanes = Vector::lanes;
   alignas(64) float sums[max_micro_rows][2 * lanes];
   tile_kernel<Tiles>(rows, k, a, a_row, a_step, b, b_step, sums[0]);
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < 2; ++j)
-      KNOCK_STORE_RESULT(*reinterpret_cast<const typename Vector::Type*>(&sums[i][j * lanes]), i, j)
+  for (int i = 0; i < rows; ++i) {
+    const auto* const both = reinterpret_cast<const typename Vector::Type*>(sums[i]);
+    KNOCK_STORE_ROW(both[0], both[1], i, KNOCK_ROUND)
+  }
 }
 #endif
 #undef KNOCK_MICRO_KERNEL
-#undef KNOCK_STORE_RESULT
+#undef KNOCK_STORE_ROW
+#undef KNOCK_ROUND
+#undef KNOCK_ROUND_DOT_PRODUCTS
 #undef KNOCK_ADD_PRODUCT
 #undef KNOCK_ADD_DOT_PRODUCT
 #undef KNOCK_UNROLL
