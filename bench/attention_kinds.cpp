@@ -52,7 +52,7 @@ std::vector<bench::Field> measure(const Row& row, int64_t batch, int64_t tokens)
   const nn::AttentionCost cost = nn::cost(options, tokens);
   const auto word = [](nn::Knock knock) { return std::string(nn::to_text(knock)); };
   return {{"kind", std::string(nn::to_text(row.variant))},
-          {"knocks_q_k_v", text(word(row.knock.q), "/", word(row.knock.k), "/", word(row.knock.v))},
+          {"knocks_q_k_v", text(word(row.knock.q), "/", word(row.knock.k), "/", word(row.knock.v)), false, 20},
           {"tokens", tokens},
           {"forward_ms", bench::Measured{forward * 1e3}},
           {"both_ms", bench::Measured{both * 1e3}},

@@ -429,6 +429,7 @@ struct Field {
   const char* name;
   std::variant<std::string, int64_t, double, Measured> value;
   bool text_only = false;  ///< a JSON line says it anyway
+  int text_width = 16;     ///< of a column of words, at least
 };
 
 /// The one table of a benchmark, headed by the names of the first row's fields; with --json one line per row, in which
@@ -483,7 +484,7 @@ class Table {
 
   static int width(const Field& field) {
     const auto length = static_cast<int>(std::strlen(field.name));
-    return std::holds_alternative<std::string>(field.value) ? -std::max(length, 16) : std::max(length, 7);
+    return std::holds_alternative<std::string>(field.value) ? -std::max(length, field.text_width) : std::max(length, 7);
   }
 
   static std::string shown(const Field& field) {
