@@ -43,8 +43,7 @@ void copy_rows(const Array& out, const Array& in) {
     To* to = out.as<To>() + offset[0];
     const From* from = in.as<From>() + offset[1];
     if (step[0] == 1 && step[1] == 1) {
-      KNOCK_SIMD
-      for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
+      convert_dense(from, to, n);
     } else {
       for (int64_t i = 0; i < n; ++i) to[i * step[0]] = convert<To>(from[i * step[1]]);
     }

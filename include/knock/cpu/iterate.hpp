@@ -4,6 +4,7 @@
 
 #include <knock/core/backend.hpp>
 #include <knock/core/parallel.hpp>
+#include <knock/cpu/isa.hpp>
 
 #include <array>
 #include <cstdlib>
@@ -21,6 +22,20 @@ To convert(From value) {
     return value;
   } else {
     return static_cast<To>(static_cast<compute_t<To>>(static_cast<compute_t<From>>(value)));
+  }
+}
+
+/// n dense elements as another type; between f32 and bf16 by the best instructions there are.
+template <class To, class From>
+void convert_dense(const From* from, To* to, int64_t n) {
+  const auto loop = [=] {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
+  };
+  if constexpr (std::is_same_v<compute_t<To>, float> && std::is_same_v<compute_t<From>, float>) {
+    vectorized(loop);
+  } else {
+    loop();
   }
 }
 }  // namespace detail

@@ -67,8 +67,7 @@ void dispatch_operand_type(DType type, Body&& body) {
 template <class To, class From>
 void copy_strided(const From* from, int64_t from_step, To* to, int64_t to_step, int64_t n) {
   if (from_step == 1 && to_step == 1) {
-    KNOCK_SIMD
-    for (int64_t i = 0; i < n; ++i) to[i] = convert<To>(from[i]);
+    convert_dense(from, to, n);
   } else if (from_step == 0 && to_step == 1) {
     std::fill(to, to + n, convert<To>(*from));
   } else {
@@ -280,6 +279,13 @@ using Result = std::conditional_t<F::domain == pointwise::predicate, uint8_t, C>
 #pragma clang diagnostic ignored "-Wpass-failed"
 #endif
 
+/// Whether F's loop over f32 or bf16 is compiled for every instruction set: what gates, residual connections and
+/// gradients are made of. For all ops that would take three times as long to compile.
+template <class F, class C>
+constexpr bool for_every_isa = std::is_same_v<C, float> &&
+                               (std::is_same_v<F, pointwise::Add> || std::is_same_v<F, pointwise::Mul> ||
+                                std::is_same_v<F, pointwise::Sigmoid>);
+
 /// Whether F has a branch-free form for near inputs, and whether these n inputs are near.
 template <class F, class C>
 constexpr bool has_near = std::is_same_v<C, float>&& requires {
@@ -301,8 +307,15 @@ void unary_loop(PointwiseParams given, const void* const* in, void* out, int64_t
     if (all_near<F>(x, n)) return unary_loop<typename F::Near, C>(given, in, out, n);
   }
   auto* y = static_cast<Result<F, C>*>(out);
-  KNOCK_SIMD
-  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(x[i], params));
+  const auto loop = [=] {
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(x[i], params));
+  };
+  if constexpr (for_every_isa<F, C>) {
+    vectorized(loop);
+  } else {
+    loop();
+  }
 }
 
 template <class F, class C>
@@ -337,7 +350,11 @@ void binary_loop(PointwiseParams given, const void* const* in, void* out, int64_
 /// Operands and result in bf16, without a detour through buffers of f32.
 template <class F, class C>
 void binary_bf16_loop(PointwiseParams params, const void* const* in, void* out, int64_t n) {
-  binary_loop<F, C, bf16>(params, in, out, n);
+  if constexpr (for_every_isa<F, C>) {
+    vectorized([&] { binary_loop<F, C, bf16>(params, in, out, n); });
+  } else {
+    binary_loop<F, C, bf16>(params, in, out, n);
+  }
 }
 
 template <class C>
