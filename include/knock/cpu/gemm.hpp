@@ -186,6 +186,32 @@ inline bool gemm_few_wide_rows(double alpha, const Array& a, const Array& b, dou
   return true;
 }
 
+/// K = 1: rows that are multiples of one, bounded by writing them. False, and nothing done, where it is not that.
+inline bool gemm_outer(double alpha, const Array& a, const Array& b, double beta, const Array& out) {
+  const int64_t n = b.shape[b.rank() - 1];
+  if (out.rank() != 2 || b.rank() != 2 || a.rank() != 2 || b.shape[0] != 1 || beta != 0 || a.dtype != b.dtype ||
+      b.strides[1] != 1 || out.strides[1] != 1)
+    return false;
+  dispatch_float(a.dtype, "gemm", [&]<class T>(Type<T>) {
+    dispatch_float(out.dtype, "gemm", [&]<class To>(Type<To>) {
+      using C = compute_t<To>;
+      const C scale = static_cast<C>(alpha);
+      const T* const row = b.as<T>();
+      parallel_for(out.shape[0], std::max<int64_t>(1, 65536 / n), [&](int64_t begin, int64_t end) {
+        vectorized([&] {
+          for (int64_t i = begin; i < end; ++i) {
+            const C factor = static_cast<C>(a.as<T>()[i * a.strides[0]]);
+            To* const to = out.as<To>() + i * out.strides[0];
+            KNOCK_SIMD
+            for (int64_t j = 0; j < n; ++j) to[j] = scale * (factor * static_cast<C>(row[j]));
+          }
+        });
+      });
+    });
+  });
+  return true;
+}
+
 /// Calls `body(Type<P>{})` for a product of a and b.
 template <class Body>
 void dispatch_product(const Array& a, const Array& b, const Array& out, Body&& body) {
@@ -213,6 +239,7 @@ KNOCK_FUNC void gemm(double alpha, const Array& a_in, const Array& b_in, double 
   const int64_t rank = out.rank(), m = out.shape[rank - 2], n = out.shape[rank - 1], k = a.shape[rank - 1];
   const int64_t batch = out.numel() / (m * n), work = m * n * k;
   if (detail::gemm_few_rows(alpha, a, b, beta, c, out, batch)) return;
+  if (detail::gemm_outer(alpha, a, b, beta, out)) return;
   detail::dispatch_product(a, b, out, [&]<class P>(Type<P>) {
     const auto operands = [&](int64_t i, auto run) {
       run(m, n, k, static_cast<sum_t<P>>(alpha), detail::batch_matrix(a, i), detail::batch_matrix(b, i),
