@@ -208,8 +208,8 @@ struct Backend {
   /// softmax, or its logarithm
   void (*softmax)(bool logarithm, const Array& x, const Array& out) = nullptr;
   void (*softmax_backward)(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) = nullptr;
-  /// y = s r weight, r = 1 / sqrt(mean(s^2) + eps); s is x, or with `addend` the sum of both in x's dtype, which out_sum
-  /// keeps. stats (rows): r, in the memory order of the rows of s, which backward is given as x.
+  /// y = s r weight, r = 1 / sqrt(mean(s^2) + eps); s is x, or with `addend` the sum of both in x's dtype, which
+  /// out_sum keeps. stats (rows): r, in the memory order of the rows of s, which backward is given as x.
   void (*rms_norm)(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
                    const Array& out_y, const Array& out_stats) = nullptr;
   /// `addend` is added to dx.
