@@ -1,26 +1,20 @@
 #pragma once
-// The innermost part of a matrix product: a block of MR x NR results kept in
-// registers while K runs.
+// The innermost part of a matrix product: a block of MR x NR results kept in registers while K runs.
 //
 //   for p in 0..k:  acc[i][j] += a(i, p) * b(p, j)        i < MR, j < NR
 //
-// Each step loads the NR values b(p, :) as vectors and broadcasts MR values of
-// a. Register budget:
+// Each step loads the NR values b(p, :) as vectors and broadcasts MR values of a. Register budget:
 //
-//   avx512    32 registers:  14 x 2 vectors of results + 2 of b + 1 broadcast
-//   f32 14 x 32, f64 14 x 16 avx2      16 registers:   6 x 2 vectors of results
-//   + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8 portable  16 registers: 4
-//   x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4 amx
-//   8 tiles:        2 x 2 tiles of results, 2 of a, 2 of b            bf16 32 x
-//   32 (cpu/gemm_amx.hpp)
+//   avx512    32 registers:  14 x 2 vectors of results + 2 of b + 1 broadcast   f32 14 x 32, f64 14 x 16
+//   avx2      16 registers:   6 x 2 vectors of results + 2 of b + 1 broadcast   f32  6 x 16, f64  6 x 8
+//   portable  16 registers:   4 x 2 vectors of results + 2 of b + 2 temporaries f32  4 x 8,  f64  4 x 4
+//   amx       8 tiles:        2 x 2 tiles of results, 2 of a, 2 of b            bf16 32 x 32 (cpu/gemm_amx.hpp)
 //
-// bf16 comes in pairs of neighbours along K where the machine has dot products
-// of pairs (vdpbf16ps: two products a lane and step, added up in f32): the same
-// 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
+// bf16 comes in pairs of neighbours along K where the machine has dot products of pairs (vdpbf16ps: two products a lane
+// and step, added up in f32): the same 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
 //
-// Fewer rows have kernels of their own, so that the rows of a block are shared
-// out evenly. The structure around it is that of Goto and van de Geijn,
-// "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
+// Fewer rows have kernels of their own, so that the rows of a block are shared out evenly. The structure around it is
+// that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
 
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm_amx.hpp>
@@ -36,8 +30,7 @@ struct Pair {
   bf16 first, second;
 };
 
-/// What micro-kernels multiply: float, double or Pair. A unit stands for this
-/// many elements along K.
+/// What micro-kernels multiply: float, double or Pair. A unit stands for this many elements along K.
 template <class P>
 inline constexpr int64_t unit_size = std::is_same_v<P, Pair> ? 2 : 1;
 
@@ -49,8 +42,7 @@ using sum_t = std::conditional_t<std::is_same_v<P, Pair>, float, P>;
 template <class P>
 using operand_t = std::conditional_t<std::is_same_v<P, Pair>, bf16, P>;
 
-/// Results of one call of a micro-kernel: out = alpha * acc + beta * addend, NR
-/// columns wide.
+/// Results of one call of a micro-kernel: out = alpha * acc + beta * addend, NR columns wide.
 template <class C>
 struct MicroOutput {
   C* out;
@@ -82,16 +74,15 @@ inline constexpr int max_micro_rows = 32;
 typedef uint16_t RoundedPair __attribute__((vector_size(64), aligned(2), may_alias));
 #endif
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to
-/// `rows`. Blocks of fewer rows may take as long as those of `multiple` more.
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to `rows`. Blocks of fewer rows may take as
+/// long as those of `multiple` more.
 template <class P>
 struct MicroKernels {
   int64_t rows, cols, multiple;
   MicroKernel<P> run[max_micro_rows];
 };
 
-/// The micro-kernels of the instruction set in use; those of Pair only where it
-/// has them.
+/// The micro-kernels of the instruction set in use; those of Pair only where it has them.
 const MicroKernels<float>& micro_kernels_f32();
 const MicroKernels<double>& micro_kernels_f64();
 const MicroKernels<Pair>& micro_kernels_pair();
@@ -102,8 +93,7 @@ const MicroKernels<P>& micro_kernels() {
   if constexpr (std::is_same_v<P, Pair>) return micro_kernels_pair();
 }
 
-/// Calls `body(Type<P>{})` with what products of T are made of in the
-/// instruction set in use.
+/// Calls `body(Type<P>{})` with what products of T are made of in the instruction set in use.
 template <class T, class Body>
 decltype(auto) dispatch_packed(Body&& body) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -130,8 +120,6 @@ struct VectorOf {
   static constexpr int lanes = bytes / static_cast<int>(sizeof(T));
 };
 
-typedef uint16_t BothHalves __attribute__((vector_size(64), aligned(2), may_alias));
-
 /// to (2 vectors) = low, then high, in bf16, rounded as in core/dtype.hpp.
 template <int bytes>
 __attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type& low,
@@ -157,7 +145,7 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
 // bf16 at `to`: two vectors of float, by arithmetic or by the processor.
 #define KNOCK_ROUND(low, high, to) store_rounded<sizeof(low)>(low, high, to)
 #define KNOCK_ROUND_DOT_PRODUCTS(low, high, to) \
-  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*reinterpret_cast<BothHalves*>(to)) : "v"(low), "v"(high))
+  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*reinterpret_cast<RoundedPair*>(to)) : "v"(low), "v"(high))
 
 // Row i of the results becomes alpha * acc + beta * addend.
 #define KNOCK_STORE_ROW(acc0, acc1, i, ROUND)                                                          \
@@ -177,9 +165,8 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
     }                                                                                                  \
   }
 
-// One text, compiled once per instruction set. Rows of a are reached from three
-// of them, hidden from the compiler, which would keep the distance of every row
-// in a register and run out of them.
+// One text, compiled once per instruction set. Rows of a are reached from three of them, hidden from the compiler,
+// which would keep the distance of every row in a register and run out of them.
 #define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT, ROUND)                                     \
   template <class P, int rows>                                                                          \
   target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,    \

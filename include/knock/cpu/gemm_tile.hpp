@@ -1,17 +1,13 @@
 #pragma once
-// Products of matrices on one thread: packing, and the loops around the
-// micro-kernel.
+// Products of matrices on one thread: packing, and the loops around the micro-kernel.
 //
-// K is walked in blocks; b lies in panels as wide as the micro-kernel (one
-// panel of a block of K fills two thirds of the L1 cache), a tile of rows of a
-// stays in the L2 cache, and the micro-kernel (cpu/gemm_kernel.hpp) keeps its
+// K is walked in blocks; b lies in panels as wide as the micro-kernel (one panel of a block of K fills two thirds of
+// the L1 cache), a tile of rows of a stays in the L2 cache, and the micro-kernel (cpu/gemm_kernel.hpp) keeps its
 // results in registers. a is read where it lies when that suits the caches.
 //
-// P is what the micro-kernel multiplies: float, double, or Pair (two bf16 that
-// are neighbours along K). Packing brings any operand there: bf16 is widened to
-// float, f32 is rounded to Pair, so that f32 weights meet bf16 activations
-// without a copy in between. The loops know operands by their dtype at run
-// time; only packing is compiled for each.
+// P is what the micro-kernel multiplies: float, double, or Pair (two bf16 that are neighbours along K). Packing brings
+// any operand there: bf16 is widened to float, f32 is rounded to Pair, so that f32 weights meet bf16 activations
+// without a copy in between. The loops know operands by their dtype at run time; only packing is compiled for each.
 //
 // For kernels to build on: included in their bodies only.
 
@@ -93,15 +89,13 @@ int64_t padded_cols(int64_t n) {
   return (n + width - 1) / width * width;
 }
 
-/// A (K, N) matrix in panels: for every block of K, panels of (block, width)
-/// units, zeros beyond N.
+/// A (K, N) matrix in panels: for every block of K, panels of (block, width) units, zeros beyond N.
 template <class P>
 struct Packed {
   const P* data = nullptr;
   int64_t cols = 0;  ///< padded_cols(N)
 
-  /// `depth` units from unit `p` (a multiple of k_block) of the panel that
-  /// starts at column `col`.
+  /// `depth` units from unit `p` (a multiple of k_block) of the panel that starts at column `col`.
   const P* panel(int64_t p, int64_t depth, int64_t col) const { return data + p * cols + col * depth; }
 };
 
@@ -111,10 +105,9 @@ int64_t packed_size(int64_t k, int64_t n) {
   return units_of<P>(k) * padded_cols<P>(n);
 }
 
-/// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a
-/// multiple of k_block_of<P> (and depth at most that) and col one of the panel
-/// width. `packed` is the whole matrix, of `cols` padded columns in panels of
-/// `width`, by default the micro-kernel's.
+/// Packs rows [p, p + depth) and columns [col, col + n) of b, where p is a multiple of k_block_of<P> (and depth at most
+/// that) and col one of the panel width. `packed` is the whole matrix, of `cols` padded columns in panels of `width`,
+/// by default the micro-kernel's.
 template <class P>
 void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* packed, int64_t cols,
                 int64_t width = micro_kernels<P>().cols);
@@ -123,24 +116,21 @@ void pack_block(Operand b, int64_t p, int64_t depth, int64_t col, int64_t n, P* 
 template <class P>
 Packed<P> pack(Operand b, int64_t k, int64_t n, P* packed);
 
-/// Rows of a as the micro-kernel reads them: unit (i, p) is data[i * row_stride
-/// + p * step].
+/// Rows of a as the micro-kernel reads them: unit (i, p) is data[i * row_stride + p * step].
 template <class P>
 struct Left {
   const P* data;
   int64_t row_stride, step;
 };
 
-/// Units from row to row of a copy of rows of k elements that lies well in the
-/// caches.
+/// Units from row to row of a copy of rows of k elements that lies well in the caches.
 template <class P>
 int64_t row_units(int64_t k) {
   return units_of<P>(k) + 16;
 }
 
-/// out = alpha a b + beta c on this thread, with columns [col, col + n) of a
-/// packed b; col is a multiple of the panel width. c is not read when beta is
-/// 0; it may be out itself.
+/// out = alpha a b + beta c on this thread, with columns [col, col + n) of a packed b; col is a multiple of the panel
+/// width. c is not read when beta is 0; it may be out itself.
 template <class P>
 void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Packed<P> b, int64_t col,
                      sum_t<P> beta, Operand c, Result out);
@@ -172,8 +162,8 @@ void with_type(Operand x, Body&& body) {
 #if KNOCK_X86
 typedef float Sixteen __attribute__((vector_size(64), aligned(4), may_alias));
 
-/// Two vectors of float in bf16, rounded by the processor as in core/dtype.hpp
-/// (but denormal numbers, which its dot products take for 0, become 0).
+/// Two vectors of float in bf16, rounded by the processor as in core/dtype.hpp (but denormal numbers, which its dot
+/// products take for 0, become 0).
 #define KNOCK_BOTH_ROUNDED(low, high, out) __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(out) : "v"(low), "v"(high))
 
 /// to[i] = from[i]
@@ -250,8 +240,7 @@ void units_along_k(const T* from, int64_t n, P* to) {
   if (n % unit_size<P> != 0) out[n] = A();
 }
 
-/// to[j] = the unit of column j: its elements in the rows `first` and, for
-/// pairs, `second` (null: zeros).
+/// to[j] = the unit of column j: its elements in the rows `first` and, for pairs, `second` (null: zeros).
 template <class T, class P>
 void units_across_k(const T* first, const T* second, int64_t n, P* to) {
   if constexpr (!std::is_same_v<P, Pair>) {
@@ -281,8 +270,7 @@ P unit_at(Matrix<const T> b, int64_t p, int64_t j, int64_t depth) {
   }
 }
 
-/// Eight columns of eight units, contiguous along K in b, to eight rows of a
-/// panel.
+/// Eight columns of eight units, contiguous along K in b, to eight rows of a panel.
 template <class T, class P>
 void transpose_8x8(const T* from, int64_t from_stride, P* to, int64_t to_stride) {
   using Lane = std::conditional_t<std::is_same_v<P, Pair>, uint32_t, P>;
@@ -321,8 +309,8 @@ void transpose_8x8(const T* from, int64_t from_stride, P* to, int64_t to_stride)
   for (int64_t i = 0; i < 8; ++i) *reinterpret_cast<EightAnywhere*>(to + i * to_stride) = row[i];
 }
 
-/// Panels of rows whose n elements lie side by side: row p of `depth` begins at
-/// row_of(p). A few rows are read at a time, as streams.
+/// Panels of rows whose n elements lie side by side: row p of `depth` begins at row_of(p). A few rows are read at a
+/// time, as streams.
 template <class T, class P, class RowOf>
 void pack_rows(const RowOf& row_of, int64_t depth, int64_t n, int64_t width, P* to) {
   constexpr int64_t unit = unit_size<P>, together = 8;
@@ -342,8 +330,7 @@ void pack_rows(const RowOf& row_of, int64_t depth, int64_t n, int64_t width, P* 
       }
 }
 
-/// One panel of columns: to[u * width + j] = unit u of b's column j for j < n,
-/// and 0 up to width.
+/// One panel of columns: to[u * width + j] = unit u of b's column j for j < n, and 0 up to width.
 template <class T, class P>
 void pack_columns(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P* to) {
   constexpr int64_t unit = unit_size<P>;
@@ -357,18 +344,16 @@ void pack_columns(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P*
       to[u * width + j] = j < n ? unit_at<T, P>(b, u * unit, j, depth) : P();
 }
 
-/// m rows are split into strips of nearly equal height, all but the last a
-/// multiple of `multiple`: strip s starts here.
+/// m rows are split into strips of nearly equal height, all but the last a multiple of `multiple`: strip s starts here.
 inline int64_t strip_start(int64_t m, int64_t strips, int64_t s, int64_t multiple = 1) {
   return std::min(m, (m + multiple - 1) / multiple * s / strips * multiple);
 }
 
-/// Whether rows this far apart meet in so few sets of the L1 cache that a strip
-/// of them drives the panel out.
+/// Whether rows this far apart meet in so few sets of the L1 cache that a strip of them drives the panel out.
 inline bool crowded(int64_t stride_bytes) { return stride_bytes % 2048 == 0; }
 
-/// a's rows [0, m) and columns [0, depth): in place where its lines hold units
-/// of P that lie well in the caches, otherwise copied line by line.
+/// a's rows [0, m) and columns [0, depth): in place where its lines hold units of P that lie well in the caches,
+/// otherwise copied line by line.
 template <class P>
 Left<P> left_tile(Operand a, int64_t m, int64_t depth) {
   constexpr int64_t unit = unit_size<P>, unit_bytes = static_cast<int64_t>(sizeof(P));
@@ -467,8 +452,8 @@ void scale_addend(int64_t m, int64_t n, sum_t<P> beta, Operand c, Result out) {
   });
 }
 
-/// Where a tile's results are added up from one block of K to the next: in out
-/// itself, or in a tile of sums that becomes out at the end.
+/// Where a tile's results are added up from one block of K to the next: in out itself, or in a tile of sums that
+/// becomes out at the end.
 template <class P>
 class Accumulator {
   using C = sum_t<P>;
@@ -517,8 +502,7 @@ class Accumulator {
   bool rounds_, staged_ = false;
 };
 
-/// A right operand: packed (from column `col`), read in place, or packed block
-/// by block.
+/// A right operand: packed (from column `col`), read in place, or packed block by block.
 template <class P>
 struct RightOperand {
   enum class Kind { packed, in_place, to_pack } kind;
@@ -527,9 +511,8 @@ struct RightOperand {
   int64_t col, cols;
 
   struct Block {
-    const P* data;  ///< the first panel
-    int64_t panel_stride,
-        step;  ///< units from panel to panel, per column; from row to row
+    const P* data;               ///< the first panel
+    int64_t panel_stride, step;  ///< units from panel to panel, per column; from row to row
   };
   /// `depth` elements along K from p.
   Block block(int64_t p, int64_t depth) const {
@@ -543,8 +526,7 @@ struct RightOperand {
   }
 };
 
-/// All blocks of K of one tile. left_of(p, depth) gives a's `depth` columns
-/// from p.
+/// All blocks of K of one tile. left_of(p, depth) gives a's `depth` columns from p.
 template <class P, class LeftOf>
 void multiply_blocks(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, const LeftOf& left_of,
                      const RightOperand<P>& right, sum_t<P> beta, Operand c, Result out) {

@@ -1,6 +1,5 @@
 #pragma once
-// Routed experts on the CPU: slots sorted by expert, then dense products over
-// blocks of an expert's rows.
+// Routed experts on the CPU: slots sorted by expert, then dense products over blocks of an expert's rows.
 
 #include <knock/core/backend.hpp>
 
@@ -45,8 +44,7 @@ KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Arr
 
 namespace detail {
 
-/// Extents and pointers of one call. T is the type of activations; weights may
-/// be f32 where T is bf16.
+/// Extents and pointers of one call. T is the type of activations; weights may be f32 where T is bf16.
 template <class T>
 struct Moe {
   explicit Moe(const MoeInputs& in)
@@ -82,8 +80,8 @@ struct RowBlock {
   int64_t expert, begin, end;
 };
 
-/// Most rows of a block. Buffers take this many whatever the block has, so that
-/// their sizes repeat and the caching allocator has them at hand.
+/// Most rows of a block. Buffers take this many whatever the block has, so that their sizes repeat and the caching
+/// allocator has them at hand.
 inline constexpr int64_t block_rows = 126;
 
 /// Experts, those with most rows first.
@@ -95,8 +93,7 @@ inline std::vector<int64_t> by_load(const int64_t* offsets, int64_t experts) {
   return order;
 }
 
-/// The tokens' rows of `source` (N, C) for sorted rows [begin, end), as rows of
-/// units.
+/// The tokens' rows of `source` (N, C) for sorted rows [begin, end), as rows of units.
 template <class P, class T>
 Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t end, P* to) {
   const int64_t stride = row_units<P>(moe.c);
@@ -107,8 +104,7 @@ Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t e
   return {to, stride, 1};
 }
 
-/// out[n] = sum of the token's sorted rows, in the order of its slots; a
-/// dropped slot has none.
+/// out[n] = sum of the token's sorted rows, in the order of its slots; a dropped slot has none.
 template <class T>
 void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   using C = compute_t<T>;
@@ -136,8 +132,8 @@ void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   });
 }
 
-/// Where a row that becomes units is computed: in place where its elements are
-/// units, otherwise in `buffer`. `finish` then makes the units.
+/// Where a row that becomes units is computed: in place where its elements are units, otherwise in `buffer`. `finish`
+/// then makes the units.
 template <class P, class C>
 C* row_of_units(P* units, C* buffer) {
   if constexpr (std::is_same_v<P, C>) {
@@ -162,8 +158,8 @@ void activate_row(const T* hidden, int64_t f, compute_t<T> s, compute_t<T>* acti
   }
 }
 
-/// From dA' (the gradient of the unweighted activation) of one sorted row: dg,
-/// du, and s * A into `activation`; gives ds. dA' is overwritten.
+/// From dA' (the gradient of the unweighted activation) of one sorted row: dg, du, and s * A into `activation`; gives
+/// ds. dA' is overwritten.
 template <class T, class C>
 C activate_row_backward(const T* hidden, C* d_activation, int64_t f, C s, C* d_gate, C* d_up, C* activation) {
   KNOCK_SIMD
@@ -178,16 +174,14 @@ C activate_row_backward(const T* hidden, C* d_activation, int64_t f, C s, C* d_g
   return row_sum<C>(f, [&](int64_t i) { return d_activation[i]; });
 }
 
-/// Whether threads take whole experts, whose weights and rows then stay in the
-/// caches from one product to the next.
+/// Whether threads take whole experts, whose weights and rows then stay in the caches from one product to the next.
 template <class T>
 bool by_expert(const Moe<T>& moe) {
   return moe.experts >= 4 * num_threads();
 }
 
-/// One weight (M, N), or its transpose, of every expert, packed for products
-/// from the left with rows of tokens: all of them before, or `in_turn`, each by
-/// the thread that takes the expert.
+/// One weight (M, N), or its transpose, of every expert, packed for products from the left with rows of tokens: all of
+/// them before, or `in_turn`, each by the thread that takes the expert.
 template <class P>
 class PackedExperts {
  public:
@@ -206,8 +200,7 @@ class PackedExperts {
   void take(int64_t e) const {
     if (in_turn_) pack_expert(e, thread_scratch<P>(slot_, size_));
   }
-  /// out (rows, n) = a (rows, k) times expert e's matrix, plus `addend` when it
-  /// is there.
+  /// out (rows, n) = a (rows, k) times expert e's matrix, plus `addend` when it is there.
   void multiply(int64_t e, int64_t rows, Left<P> a, Result out, Operand addend = {}) const {
     const P* const own = in_turn_ ? thread_scratch<P>(slot_, size_) : packed_.data() + e * size_;
     multiply_packed<P>(rows, n_, k_, 1, a, {own, padded_cols<P>(n_)}, 0, addend.data ? 1 : 0, addend, out);
@@ -289,8 +282,7 @@ void moe_forward(const Moe<T>& moe, const Array& out_hidden, const Array& out) {
   combine_rows(moe, sorted.data(), out.as<T>());
 }
 
-/// The backward of one call: first every block of rows, then the weights'
-/// gradients of every expert.
+/// The backward of one call: first every block of rows, then the weights' gradients of every expert.
 template <class T, class P>
 class MoeBackward {
   using C = compute_t<T>;
@@ -313,8 +305,7 @@ class MoeBackward {
 
   void run() {
     const int64_t slots = moe_.tokens * moe_.k;
-    std::fill(out_.weights.as<T>(), out_.weights.as<T>() + slots,
-              T(0));  // what dropped slots keep
+    std::fill(out_.weights.as<T>(), out_.weights.as<T>() + slots, T(0));  // what dropped slots keep
     const auto block_gradients = [&](const RowBlock& block) { backward(block); };
     if (by_expert(moe_)) {
       parallel_experts(moe_, [&](int64_t e) {
@@ -394,8 +385,7 @@ class MoeBackward {
     weight_gradients<1>(e, c, f, activation, to, pack_activation, left_of);
   }
 
-  /// Products of an expert's rows, `count` of them with one right operand:
-  /// out[i] (m, n) = left_of(i) right.
+  /// Products of an expert's rows, `count` of them with one right operand: out[i] (m, n) = left_of(i) right.
   template <int count, class PackRight, class LeftOf>
   void weight_gradients(int64_t e, int64_t m, int64_t n, const P* right, const Result* out, const PackRight& pack_right,
                         const LeftOf& left_of) const {
@@ -420,8 +410,7 @@ class MoeBackward {
       for (const Accumulator<P>& sum : sums) sum.finish();
   }
 
-  /// Sorted rows [begin, end) of `source` (N, C), columns [col, col + n), as
-  /// panels of units across rows.
+  /// Sorted rows [begin, end) of `source` (N, C), columns [col, col + n), as panels of units across rows.
   void gather_across(const T* source, int64_t begin, int64_t end, int64_t col, int64_t n, int64_t width, P* to) const {
     const auto row_of = [&](int64_t row) { return source + moe_.token_of(begin + row) * moe_.c + col; };
     vectorized([&] { pack_rows<T, P>(row_of, end - begin, n, width, to); });

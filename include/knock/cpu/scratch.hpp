@@ -20,8 +20,8 @@ class Scratch {
   Storage storage_;
 };
 
-/// Scratch memory of this thread, 64-byte aligned; `slot` tells apart what is
-/// in use at the same time. It lasts until the next call with the slot.
+/// Scratch memory of this thread, 64-byte aligned; `slot` tells apart what is in use at the same time. It lasts until
+/// the next call with the slot.
 enum class Slot : uint8_t { left, right, tile, edge, user0, user1, user2, user3, user4, user5, count };
 template <class C>
 C* thread_scratch(Slot slot, int64_t count) {
