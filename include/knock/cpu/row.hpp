@@ -202,11 +202,11 @@ C block_sum(int64_t begin, int64_t end, Term& term) {
   return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
 }
 
-/// sum of term(i) for i in [0, n), which is called once for each i. Blocks of 2048 terms are summed in C and the blocks
+/// sum of term(i) for i in [0, n), which is called once for each i. Blocks of 1024 terms are summed in C and the blocks
 /// in f64, so that long sums keep their accuracy.
 template <class C, class Term>
 C row_sum(int64_t n, Term&& term) {
-  constexpr int64_t block = 2048;
+  constexpr int64_t block = 1024;
   if (n <= block) return block_sum<C>(0, n, term);
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += block)
