@@ -33,23 +33,41 @@ inline void set_num_threads([[maybe_unused]] int threads) {
 #endif
 }
 
+#ifdef _OPENMP
+namespace detail {
+
+/// Takes an exception of a task, which must not leave its thread, to the caller of all tasks.
+class TaskError {
+ public:
+  template <class Body>
+  void guard(Body& body, int64_t task) {
+    try {
+      body(task);
+    } catch (...) {
+#pragma omp critical(knock_parallel_error)
+      error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  std::exception_ptr error_;
+};
+
+}  // namespace detail
+#endif
+
 /// Calls `body(i)` for every i in [0, n), each one task, handed out in order. Exceptions reach the caller.
 template <class Body>
 void parallel_tasks(int64_t n, Body&& body) {
 #ifdef _OPENMP
   if (n > 1 && num_threads() > 1) {
-    std::exception_ptr error;
+    detail::TaskError error;
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; ++i) {
-      try {
-        body(i);
-      } catch (...) {
-#pragma omp critical(knock_parallel_error)
-        error = std::current_exception();
-      }
-    }
-    if (error) std::rethrow_exception(error);
-    return;
+    for (int64_t i = 0; i < n; ++i) error.guard(body, i);
+    return error.rethrow();
   }
 #endif
   for (int64_t i = 0; i < n; ++i) body(i);
@@ -63,7 +81,7 @@ void parallel_runs(int64_t n, Body&& body) {
   constexpr int most = 64;
   const int runs = std::min(num_threads(), most);
   if (n > 1 && runs > 1) {
-    std::exception_ptr error;
+    detail::TaskError error;
     struct alignas(64) Next {
       std::atomic<int64_t> task;
     } next[most];
@@ -73,17 +91,9 @@ void parallel_runs(int64_t n, Body&& body) {
       const int run = (omp_get_thread_num() + i) % runs;
       const int64_t end = n * (run + 1) / runs;
       int64_t task;
-      while ((task = next[run].task.fetch_add(1, std::memory_order_relaxed)) < end) {
-        try {
-          body(task);
-        } catch (...) {
-#pragma omp critical(knock_parallel_error)
-          error = std::current_exception();
-        }
-      }
+      while ((task = next[run].task.fetch_add(1, std::memory_order_relaxed)) < end) error.guard(body, task);
     }
-    if (error) std::rethrow_exception(error);
-    return;
+    return error.rethrow();
   }
 #endif
   for (int64_t i = 0; i < n; ++i) body(i);

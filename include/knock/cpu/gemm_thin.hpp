@@ -222,24 +222,21 @@ bool gemm_thin(int64_t batch, const Operands& operands) {
 namespace knock::cpu {
 namespace detail {
 
-/// A vector as the compiler knows it, and the same at any address.
-template <class T, int size>
-struct ThinVector {
-  typedef T Type __attribute__((vector_size(size * sizeof(T))));
-  typedef T Unaligned __attribute__((vector_size(size * sizeof(T)), aligned(alignof(T)), may_alias));
-};
+/// VectorOf by its number of elements.
+template <class T, int lanes>
+using Lanes = VectorOf<T, lanes* static_cast<int>(sizeof(T))>;
 
 #define KNOCK_UNROLL _Pragma("GCC unroll 4")
 
 // A vector of results from elements of b: bf16 is the upper half of an f32.
-#define KNOCK_THIN_LOAD(to, from)                                                                       \
-  if constexpr (std::is_same_v<T, C>) {                                                                 \
-    to = *reinterpret_cast<const typename Vector::Unaligned*>(from);                                    \
-  } else {                                                                                              \
-    const typename ThinVector<uint16_t, lanes>::Type upper =                                            \
-        *reinterpret_cast<const typename ThinVector<uint16_t, lanes>::Unaligned*>(from);                \
-    const auto bits = __builtin_convertvector(upper, typename ThinVector<uint32_t, lanes>::Type) << 16; \
-    to = reinterpret_cast<typename Vector::Type>(bits);                                                 \
+#define KNOCK_THIN_LOAD(to, from)                                                                  \
+  if constexpr (std::is_same_v<T, C>) {                                                            \
+    to = *reinterpret_cast<const typename Vector::Unaligned*>(from);                               \
+  } else {                                                                                         \
+    const typename Lanes<uint16_t, lanes>::Type upper =                                            \
+        *reinterpret_cast<const typename Lanes<uint16_t, lanes>::Unaligned*>(from);                \
+    const auto bits = __builtin_convertvector(upper, typename Lanes<uint32_t, lanes>::Type) << 16; \
+    to = reinterpret_cast<typename Vector::Type>(bits);                                            \
   }
 
 /// Rows that a stream of rows of that many bytes is prefetched ahead.
@@ -283,10 +280,10 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
                               compute_t<T>* sums) {                                                                  \
     using C = compute_t<T>;                                                                                          \
     constexpr int lanes = bytes / static_cast<int>(sizeof(C)) < 4 ? 4 : bytes / static_cast<int>(sizeof(C));         \
-    using Vector = ThinVector<C, lanes>;                                                                             \
+    using Vector = Lanes<C, lanes>;                                                                                  \
     const C* const a = static_cast<const C*>(left);                                                                  \
     constexpr int chains = KNOCK_THIN_CHAINS;                                                                        \
-    using Four = ThinVector<C, 4>;                                                                                   \
+    using Four = Lanes<C, 4>;                                                                                        \
     typename Four::Type quads[rows][4];                                                                              \
     int64_t p = 0;                                                                                                   \
     for (int j = 0; j < 4; ++j) {                                                                                    \
@@ -321,7 +318,7 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
                               compute_t<T>* out, int64_t out_row) {                                                  \
     using C = compute_t<T>;                                                                                          \
     constexpr int lanes = bytes / static_cast<int>(sizeof(C));                                                       \
-    using Vector = ThinVector<C, lanes>;                                                                             \
+    using Vector = Lanes<C, lanes>;                                                                                  \
     const int64_t ahead = thin_rows_ahead(b_row * static_cast<int64_t>(sizeof(T)));                                  \
     for (int64_t p = 0; p < k; p += 4, b += 4 * b_row) {                                                             \
       const int64_t depth = k - p < 4 ? k - p : 4;                                                                   \
@@ -361,11 +358,11 @@ template <int rows>
 KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, int64_t a_row, const bf16* b,
                                                    int64_t b_col, float* sums) {
   constexpr int lanes = 16, step = 32;
-  using Vector = ThinVector<float, lanes>;
+  using Vector = Lanes<float, lanes>;
   typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));  // 32 bf16
   const bf16* const a = static_cast<const bf16*>(left);
   constexpr int chains = KNOCK_THIN_CHAINS;
-  using Four = ThinVector<float, 4>;
+  using Four = Lanes<float, 4>;
   Four::Type quads[rows][4];
   for (int j = 0; j < 4; ++j) {
     const bf16* const column = b + j * b_col;
