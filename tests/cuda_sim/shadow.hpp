@@ -3,40 +3,76 @@
 // all. From that follow races, reads of uninitialised memory and accesses out of bounds.
 //
 // Two accesses of one byte, one of them a write and not both atomic, race unless something orders them: a barrier of
-// the block, a warp synchronisation of the same warp, or the end of the kernel.
+// the block, a warp synchronisation of the same warp, the end of the kernel, or, between two kernels or copies, their
+// stream, an event or a wait of the host.
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace cuda_sim {
 
-/// Where a kernel's thread stands.
-struct Place {
-  uint32_t launch = 0;      ///< number of the kernel launch, from 1
-  uint32_t block = 0;       ///< number of the block within it, from 0
-  uint32_t barriers = 0;    ///< barriers that the block has passed
-  uint32_t warp_syncs = 0;  ///< warp synchronisations that the thread has passed
-  uint16_t thread = 0;      ///< within the block
-  uint32_t line = 0;        ///< the machine's number for the instruction: `describe` turns it into text
+/// Of an access, a block's start, a barrier or a warp synchronisation: later ones have larger numbers.
+using Moment = uint32_t;
+
+enum class Access : uint8_t {
+  read,
+  write,
+  atomic,
+  pending,  ///< a cp.async begins: until `arrival`, nobody may touch the bytes
+  arrival,  ///< the thread that began it has waited for it
 };
 
-enum class Access : uint8_t { read, write, atomic };
+/// One instruction's accesses of memory by a warp.
+struct WarpAccess {
+  Access access = Access::read;
+  uint32_t lanes = 0;                   ///< the lanes that make it, as bits
+  const uint64_t* addresses = nullptr;  ///< of each of the 32 lanes; in shared memory from the start of the block's
+  uint32_t bytes = 0;                   ///< that each lane accesses
+  uint32_t warp = 0;                    ///< within the block
+  const Moment* synced = nullptr;       ///< of each lane: its last warp synchronisation in this block, or 0
+  uint32_t line = 0;                    ///< the machine's number for the instruction, below 2^20
+};
 
-/// How findings name an instruction: set by the machine before it runs a kernel.
-using Describe = const char* (*)(uint32_t line);
+/// The text of an instruction for findings: "attention.cu:12 [ld.global.f32]". Set by the machine before it runs a
+/// kernel.
+using Describe = std::string (*)(uint32_t line);
 void set_describe(Describe describe);
 
-/// A kernel's access to global memory. False when it is out of bounds, to freed or to host memory: it was reported and
-/// must not be made.
-bool check_global(const Place& place, const void* address, std::size_t bytes, Access access);
+/// The machine calls these as a block starts and when all its threads have met at a barrier.
+void begin_block(uint32_t block);
+void pass_barrier();
+/// At a __syncwarp: the moment that becomes `synced` of each lane that took part.
+Moment pass_warp_sync();
 
-/// A kernel's access to the block's shared memory, `offset` from its start. The machine has checked the bounds.
-void check_shared(const Place& place, std::size_t offset, std::size_t bytes, Access access);
+/// A kernel's access to global memory. Returns the lanes whose access is in bounds and of live device memory; the
+/// others were reported and must not make it.
+uint32_t check_global(const WarpAccess& access);
+/// A kernel's access to the block's shared memory. The machine has checked the bounds.
+void check_shared(const WarpAccess& access);
 
-/// The host or a library wrote device memory, or reads it.
-void mark_written(const void* address, std::size_t bytes);
-bool check_read(const void* address, std::size_t bytes, const char* reader);
-/// A range became live or was freed: nothing in it is written.
-void forget(const void* address, std::size_t bytes);
+// ---- what the runtime tells
+// ------------------------------------------------------------------------------------------
+
+/// Where a kernel or copy stands among those of all streams.
+struct WorkOrder {
+  uint32_t stream = 0;               ///< number of its stream
+  uint64_t position = 0;             ///< in it, from 1
+  const uint64_t* before = nullptr;  ///< for each stream: the last position that is finished before this work begins
+  uint32_t streams = 0;
+  const uint64_t* host = nullptr;  ///< for each stream: the last position that the host has waited for
+  std::string name;
+};
+void begin_work(WorkOrder order);
+
+/// A copy, a fill or a library's kernel writes or reads device memory.
+void write_range(const void* address, std::size_t bytes);
+/// `reader`: for the finding that some of it was never written; null: that does not matter.
+void read_range(const void* address, std::size_t bytes, const char* reader);
+/// A copy between two ranges of device memory: what was not written there is not written here.
+void copy_range(const void* to, const void* from, std::size_t bytes);
+/// The range's memory was freed.
+struct Allocation;
+void forget(const Allocation& allocation);
 
 }  // namespace cuda_sim
