@@ -126,7 +126,8 @@ struct AttentionScores {
 struct Backend {
   // Filling and copying (any dtype)
   void (*fill)(const Array& out, Scalar value) = nullptr;
-  void (*copy)(const Array& out, const Array& in) = nullptr;  ///< converts; rounds floats to integers towards zero
+  /// Converts; rounds floats to integers towards zero. An accelerator's reaches host memory and its other devices too.
+  void (*copy)(const Array& out, const Array& in) = nullptr;
   void (*arange)(const Array& out, Scalar start, Scalar step) = nullptr;  ///< out (N)
   /// uniform in [a, b), normal with mean a and deviation b, integers in [a, b). Element i uses Philox counter i of
   /// `state`.
@@ -173,8 +174,10 @@ struct Backend {
   /// out[.., index[.., i, ..], ..] = src[.., i, ..] in the order of i: the last one stays.
   void (*scatter)(const Array& src, int64_t axis, const Array& index, const Array& out) = nullptr;
   void (*scatter_add)(const Array& src, int64_t axis, const Array& index, const Array& out) = nullptr;  ///< += likewise
-  /// First position of a dense i64 index whose value is not in [0, extent); -1 when there is none.
-  int64_t (*find_outside)(const Array& index, int64_t extent) = nullptr;
+  /// First position of a dense i64 index whose value is not in [0, extent); -1 when there is none. An accelerator does
+  /// not wait to know: it returns -1 and the next wait throws, in the name of `op`, a literal; the kernels that are
+  /// given such an index in the meantime neither read nor write outside their arrays.
+  int64_t (*find_outside)(const char* op, const Array& index, int64_t extent) = nullptr;
   int64_t (*count_nonzero)(const Array& x) = nullptr;           ///< x dense
   void (*nonzero)(const Array& x, const Array& out) = nullptr;  ///< out (count, rank of x) i64, dense; x dense
   /// x (..., N, M); out dense, zero on the other side of the diagonal.
@@ -286,7 +289,8 @@ static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*
               "an entry of Backend is missing in KNOCK_KERNELS");
 #undef KNOCK_COUNT
 
-/// The table of a device's kind; an error when no such back-end is linked in.
+/// The table of a device's kind, which works on that device from now on (on this thread); an error when no such
+/// back-end is linked in.
 const Backend& backend(Device device);
 
 }  // namespace knock

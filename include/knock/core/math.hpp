@@ -141,7 +141,7 @@ KNOCK_MATH float log(float x) {
 }
 
 KNOCK_MATH float log2(float x) {
-  constexpr float log2_e_minus_1 = 0x1.c551d9p-2F;
+  constexpr float log2_e_minus_1 = 0x1.c551d8p-2F;
   const auto [n, m] = detail::decompose(x);
   const float f = m - 1, tail = detail::log1p_tail(f);
   const float low = multiply_add(f, log2_e_minus_1, multiply_add(tail, log2_e_minus_1, tail));

@@ -320,34 +320,35 @@ class CachingAllocator {
   LargeHeap large_;
 };
 
-inline void check_cpu(Device device) {
-  check(device.kind == DeviceKind::cpu, "device", device,
-        " asked for, but no CUDA back-end is linked into this program");
-}
-
 }  // namespace detail
 
 namespace memory {
 KNOCK_FUNC Stats stats(Device device) {
-  detail::check_cpu(device);
+  if (device.kind != DeviceKind::cpu) return detail::device_kind(device).stats(device.index);
   return detail::CachingAllocator::instance().stats();
 }
 KNOCK_FUNC void reset_peak(Device device) {
-  detail::check_cpu(device);
+  if (device.kind != DeviceKind::cpu) return detail::device_kind(device).reset_peak(device.index);
   detail::CachingAllocator::instance().reset_peak();
 }
 KNOCK_FUNC void release_cached(Device device) {
-  detail::check_cpu(device);
+  if (device.kind != DeviceKind::cpu) return detail::device_kind(device).release_cached(device.index);
   detail::CachingAllocator::instance().release_cached();
 }
 }  // namespace memory
 
 KNOCK_FUNC Storage::Storage(int64_t byte_count, Device where) : bytes(byte_count), device(where) {
-  detail::check_cpu(where);
-  data = detail::CachingAllocator::instance().allocate(bytes);
+  data = where.kind == DeviceKind::cpu ? detail::CachingAllocator::instance().allocate(bytes)
+                                       : detail::device_kind(where).allocate(bytes, where.index);
 }
 
-KNOCK_FUNC Storage::~Storage() { detail::CachingAllocator::instance().release(data, bytes); }
+KNOCK_FUNC Storage::~Storage() {
+  if (device.kind == DeviceKind::cpu) {
+    detail::CachingAllocator::instance().release(data, bytes);
+  } else {
+    detail::device_kind(device).release(data, bytes, device.index);
+  }
+}
 
 }  // namespace knock
 #endif

@@ -69,7 +69,8 @@ class Tensor {
   Device device() const { return impl().storage->device; }
   bool is_contiguous() const { return knock::is_contiguous(shape(), strides()); }
 
-  /// Pointer to the first element. T must be the C++ type of `dtype()`. Writing through it is invisible to autograd.
+  /// Pointer to the first element, in the memory of the tensor's device: the program reads through it on the CPU alone.
+  /// T must be the C++ type of `dtype()`. Writing through it is invisible to autograd.
   template <class T>
   T* data() const {
     check(dtype_of<T>() == dtype(), "data", "asked for ", dtype_of<T>(), " elements of a tensor ", *this);

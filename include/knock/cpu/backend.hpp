@@ -43,9 +43,11 @@ KNOCK_FUNC const Backend& table() {
 }  // namespace cpu
 
 KNOCK_FUNC const Backend& backend(Device device) {
-  check(device.kind == DeviceKind::cpu, "backend", device,
-        " asked for, but no CUDA back-end is linked into this program");
-  return cpu::table();
+  if (device.kind == DeviceKind::cpu) [[likely]]
+    return cpu::table();
+  const DeviceKindTable& kind = detail::device_kind(device);
+  kind.use(device.index);
+  return *kind.kernels;
 }
 
 }  // namespace knock

@@ -11,7 +11,7 @@ namespace knock::cpu {
 void gather(const Array& x, int64_t axis, const Array& index, const Array& out);
 void scatter(const Array& src, int64_t axis, const Array& index, const Array& out);
 void scatter_add(const Array& src, int64_t axis, const Array& index, const Array& out);
-int64_t find_outside(const Array& index, int64_t extent);
+int64_t find_outside(const char* op, const Array& index, int64_t extent);
 int64_t count_nonzero(const Array& x);
 void nonzero(const Array& x, const Array& out);
 void triangle(Triangle which, int64_t diagonal, const Array& x, const Array& out);
@@ -218,7 +218,7 @@ KNOCK_FUNC void scatter_add(const Array& src, int64_t axis, const Array& index, 
   });
 }
 
-KNOCK_FUNC int64_t find_outside(const Array& index, int64_t extent) {
+KNOCK_FUNC int64_t find_outside(const char*, const Array& index, int64_t extent) {
   const int64_t* const at = index.as<int64_t>();
   const int64_t count = index.numel();
   std::atomic<int64_t> first{count};

@@ -56,7 +56,7 @@ namespace detail {
 KNOCK_FUNC Tensor checked_index(const char* op, const Tensor& index, int64_t extent) {
   check(index.dtype() == DType::i64 || index.dtype() == DType::i32, op, "index must be i64 or i32, got ", index);
   const Tensor dense = index.to(DType::i64).contiguous();
-  const int64_t bad = kernel(&Backend::find_outside, op, dense)(dense.array(), extent);
+  const int64_t bad = kernel(&Backend::find_outside, op, dense)(op, dense.array(), extent);
   if (bad < 0) return dense;
   Shape position = dense.shape();
   for (int64_t axis = position.rank() - 1, rest = bad; axis >= 0; --axis) {
