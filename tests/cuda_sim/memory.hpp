@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace cuda_sim {
 
@@ -19,7 +20,7 @@ struct Allocation {
   mutable Shadow* shadow = nullptr;
 };
 
-inline constexpr std::size_t address_span = std::size_t{1} << 38;
+inline constexpr std::size_t address_span = std::size_t{1} << 40;
 
 /// Where the simulator reads and writes the bytes of a device address that it has checked.
 inline char* bytes_at(const void* address) {
@@ -38,14 +39,14 @@ const Allocation* find(const void* address);
 /// Whether the address lies where device memory comes from, live or not.
 bool is_device_address(const void* address);
 /// "byte 12 of an allocation of 128 bytes", "4 bytes past the end of ...", "freed memory: ...": for findings.
-const char* describe_address(const void* address);
+std::string describe_address(const void* address);
 
 struct MemoryUse {
   std::size_t capacity = 0, used = 0, peak = 0;  ///< bytes; a module's variables do not count
   uint64_t allocations = 0;                      ///< made so far
 };
 MemoryUse memory_use(int device = 0);
-/// Sets the capacity of each device (else KNOCK_CUDA_SIM_MEMORY in MiB, or 16 GiB).
+/// Sets the capacity of each device (else KNOCK_CUDA_SIM_MEMORY in MiB, or 4 GiB).
 void set_memory_capacity(std::size_t bytes);
 
 }  // namespace cuda_sim

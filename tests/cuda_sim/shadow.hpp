@@ -61,18 +61,24 @@ struct WorkOrder {
   const uint64_t* before = nullptr;  ///< for each stream: the last position that is finished before this work begins
   uint32_t streams = 0;
   const uint64_t* host = nullptr;  ///< for each stream: the last position that the host has waited for
+  uint32_t host_streams = 0;
+  bool alone = true;  ///< there is no other stream: what copies touch need not be remembered
   std::string name;
 };
-void begin_work(WorkOrder order);
+/// `before` must stay until the next work begins.
+void begin_work(const WorkOrder& order);
 
-/// A copy, a fill or a library's kernel writes or reads device memory.
+/// A copy, a fill or a library's kernel writes device memory, or reads it; `reader` is for the finding that some of it
+/// was never written.
 void write_range(const void* address, std::size_t bytes);
-/// `reader`: for the finding that some of it was never written; null: that does not matter.
 void read_range(const void* address, std::size_t bytes, const char* reader);
 /// A copy between two ranges of device memory: what was not written there is not written here.
 void copy_range(const void* to, const void* from, std::size_t bytes);
-/// The range's memory was freed.
+
 struct Allocation;
+/// The range is about to be freed in a stream: all its uses must be ordered before.
+void check_unused(const Allocation& allocation);
+/// The range's memory was freed.
 void forget(const Allocation& allocation);
 
 }  // namespace cuda_sim

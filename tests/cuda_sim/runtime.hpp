@@ -1,0 +1,121 @@
+#pragma once
+// What the parts of the simulated CUDA runtime say to each other.
+
+#include "counters.hpp"
+#include "machine.hpp"
+#include "memory.hpp"
+#include "report.hpp"
+#include "shadow.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace cuda_sim {
+
+/// Says what the simulator cannot do, and ends the process.
+[[noreturn]] void fatal(const std::string& what);
+
+// ---- errors: errors.cpp
+// ----------------------------------------------------------------------------------------------
+
+/// One caller at a time.
+std::recursive_mutex& runtime_mutex();
+/// The error that a kernel's fault left, which every later call returns until cudaDeviceReset.
+cudaError_t sticky_error();
+void set_sticky_error(cudaError_t error);
+/// What cudaGetLastError will return; keeps `error` when it is one.
+cudaError_t noted(cudaError_t error);
+
+/// An error, after a report, where the caller is a function that a stream calls (cudaLaunchHostFunc).
+cudaError_t refuse_in_host_function();
+
+/// The body of an API function: one caller at a time, nothing done after a sticky error, errors noted.
+template <class Body>
+cudaError_t api(Body&& body) {
+  const std::lock_guard lock(runtime_mutex());
+  if (sticky_error() != cudaSuccess) return noted(sticky_error());
+  if (const auto error = refuse_in_host_function(); error != cudaSuccess) return noted(error);
+  return noted(body());
+}
+
+/// Reports how an API function was misused, and answers it.
+cudaError_t refuse(cudaError_t error, const std::string& finding);
+
+// ---- devices: devices.cpp
+// --------------------------------------------------------------------------------------------
+
+constexpr int max_devices = 8;
+constexpr std::size_t default_shared_bytes = 48 << 10, most_shared_bytes = 163 << 10,
+                      shared_bytes_of_processor = 164 << 10;
+int device_count();
+int current_device();
+
+// ---- host memory and faults: host_memory.cpp
+// -------------------------------------------------------------------------
+
+/// Catches host code that touches device memory, freed pinned memory or pinned memory that a copy still uses. Called
+/// again and again, because others (doctest) put their handlers in front of ours.
+void watch_faults();
+bool is_pinned(const void* address);
+/// Whether [address, address + bytes) lies inside one pinned range.
+bool is_pinned_range(const void* address, std::size_t bytes);
+/// Where the simulator reads and writes pinned memory, whether or not host code may; other addresses are their own.
+char* host_bytes(const void* address);
+void* allocate_pinned(std::size_t bytes);
+bool release_pinned(void* data);
+std::size_t pinned_ranges();
+
+/// Pinned memory that stream work uses until the host has waited for it.
+struct HostUse {
+  const void* address = nullptr;
+  std::size_t bytes = 0;
+  bool written = false;  ///< by the work; else only read
+};
+/// Host code must not touch the range (not write it, where the work only reads) until the host has waited for the work.
+void protect(const HostUse& use, uint32_t stream, uint64_t position, const std::string& name);
+/// The host has waited: finished[s] is the last position of stream s that it knows to be finished.
+void unprotect(const std::vector<uint64_t>& finished);
+
+// ---- streams and events: streams.cpp, events.cpp, graphs.cpp
+// ---------------------------------------------------------
+
+/// What is queued: everything that a stream, or a graph that is launched again and again, must know of it.
+struct Operation {
+  std::string name;
+  std::function<void()> run;
+  HostUse host{};
+};
+
+struct Stream;
+
+/// The stream of a handle; null, after a report, where it is none.
+Stream* stream_of(cudaStream_t handle);
+/// Queues the operation, or adds it to the graph that the stream captures.
+cudaError_t submit(cudaStream_t handle, Operation operation);
+/// Runs everything in the stream, and what it depends on; the host knows it then.
+void wait_for(Stream& stream);
+void wait_for_device(int device);
+/// Runs everything that is queued, without the host knowing it.
+void run_everything();
+/// An error, and the end of the captures, where a call must not be made while a stream is captured.
+cudaError_t refuse_in_capture(const char* function);
+bool is_capturing(const Stream& stream);
+/// Forgets all queues (cudaDeviceReset).
+void reset_streams();
+
+// ---- leaks, asked at the end of the program
+// --------------------------------------------------------------------------
+
+std::vector<const Allocation*> live_allocations();
+std::size_t live_streams();
+std::size_t live_events();
+std::size_t live_graphs();
+void report_leaks();
+
+}  // namespace cuda_sim

@@ -1,0 +1,604 @@
+// Cells that remember the last accesses, in pages whose granularity (4, 2 or 1 bytes) follows the accesses.
+//
+// Time is one counter. It moves on at the start of a kernel, copy or block and at every barrier and warp
+// synchronisation, and blocks run one after another; so the moment of an old access tells by a comparison or two
+// whether it was made by an earlier kernel, by another block, before the last barrier or before the warp's last
+// synchronisation.
+
+#include "shadow.hpp"
+
+#include "memory.hpp"
+#include "report.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <deque>
+#include <memory>
+#include <set>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace cuda_sim {
+namespace {
+
+// ---- what is remembered
+// ----------------------------------------------------------------------------------------------
+
+struct Record {
+  Moment moment = 0;
+  uint32_t who = 0;  // thread of the block: 10 bits, atomic, pending, line: the lowest 20 bits
+};
+
+constexpr uint32_t line_bits = 20, line_mask = (1u << line_bits) - 1, pending_bit = 1u << 20, atomic_bit = 1u << 21;
+constexpr uint32_t thread_shift = 22, warp_shift = thread_shift + 5;
+
+uint32_t thread_of(uint32_t who) { return who >> thread_shift; }
+bool same_warp(uint32_t a, uint32_t b) { return a >> warp_shift == b >> warp_shift; }
+bool same_thread(uint32_t a, uint32_t b) { return a >> thread_shift == b >> thread_shift; }
+
+struct Cell {
+  Record write;
+  Record read, earlier_read;  // of two threads of the block that read last
+  Record foreign_read;        // of an earlier block or kernel
+};
+
+constexpr std::size_t page_shift = 12, page_bytes = std::size_t{1} << page_shift;
+constexpr int coarsest = 2;  // a cell for 4 bytes
+
+struct Page {
+  std::unique_ptr<Cell[]> cells;
+  std::size_t room = 0;  // cells that there are
+  int shift = coarsest;  // a cell stands for 1 << shift bytes
+  Moment last_use = 0;
+
+  std::size_t size() const { return page_bytes >> shift; }
+};
+
+}  // namespace
+
+struct Shadow {
+  std::vector<Page> pages;
+  std::vector<uint64_t> written;  // a bit for each byte
+
+  explicit Shadow(std::size_t bytes) : pages((bytes >> page_shift) + 1), written(bytes / 64 + 1) {}
+};
+
+namespace {
+
+struct Begun {
+  Moment moment = 0;
+  uint32_t stream = 0;
+  uint64_t position = 0;
+  std::string name;
+};
+
+// The range that an instruction accessed last: most access the same one again and again.
+struct Lookup {
+  uint64_t begin = 0, end = 0;
+  const Allocation* range = nullptr;
+};
+
+struct State {
+  Moment now = 1;
+  Moment settled = 1;  // whatever is before it is ordered before the present kernel or copy
+  Moment work_start = 1, block_start = 1, barrier = 1;
+  uint32_t block = 0;
+  WorkOrder order;
+  std::deque<Begun> begun;  // kernels and copies that the host has not waited for
+  Describe describe = nullptr;
+  std::array<Lookup, 1024> lookups;
+  std::vector<Page> shared;
+  std::set<Shadow*> shadows;
+  std::set<std::tuple<int, uint32_t, uint32_t>> reported;  // in this kernel: what, the instruction, the other one
+};
+
+State& state() {
+  static auto* all = new State;
+  return *all;
+}
+
+Shadow& shadow_of(const Allocation& range) {
+  if (range.shadow == nullptr) [[unlikely]] {
+    range.shadow = new Shadow(range.bytes);
+    state().shadows.insert(range.shadow);
+  }
+  return *range.shadow;
+}
+
+// ---- pages and their granularity
+// -------------------------------------------------------------------------------------
+
+int finest_shift(std::size_t offset, std::size_t bytes) {
+  return std::min(coarsest, std::countr_zero(static_cast<uint64_t>(offset | bytes)));
+}
+
+void make_room(Page& page) {
+  if (page.room >= page.size()) return;
+  page.room = page.size();
+  page.cells = std::make_unique<Cell[]>(page.room);
+}
+
+void refine(Page& page, int shift) {
+  const auto cells_before = page.size();
+  const auto old = std::move(page.cells);
+  const auto parts = std::size_t{1} << (page.shift - shift);
+  page.shift = shift;
+  page.room = 0;
+  make_room(page);
+  for (std::size_t i = 0; i < cells_before * parts; ++i) page.cells[i] = old[i / parts];
+}
+
+// Makes the page fine enough for an access. One in which nothing matters any more may become coarse again.
+inline void prepare(Page& page, std::size_t offset, std::size_t bytes, Moment settled, Moment now) {
+  const int shift = finest_shift(offset, bytes);
+  if (page.last_use < settled) {
+    page.shift = shift;
+    make_room(page);
+  } else if (shift < page.shift) {
+    refine(page, shift);
+  }
+  page.last_use = now;
+}
+
+// ---- findings
+// --------------------------------------------------------------------------------------------------------
+
+// The memory that is looked at, for findings: a range of global memory, or null for shared.
+struct Subject {
+  const Allocation* range = nullptr;
+  std::size_t offset = 0;
+};
+
+std::string text_of(const Subject& subject) {
+  if (subject.range == nullptr) return "byte " + std::to_string(subject.offset) + " of shared memory";
+  return describe_address(subject.range->data + subject.offset);
+}
+
+std::string line_text(uint32_t line) {
+  const Describe describe = state().describe;
+  return describe != nullptr ? describe(line) : "instruction " + std::to_string(line);
+}
+
+// The full number of the instruction in a record: near the one that is executed now.
+uint32_t full_line(uint32_t who, uint32_t near) {
+  constexpr uint32_t half = 1u << (line_bits - 1);
+  uint32_t line = (near & ~line_mask) | (who & line_mask);
+  if (line > near + half && line > line_mask) line -= 1u << line_bits;
+  if (line + half < near) line += 1u << line_bits;
+  return line;
+}
+
+bool first_time(int what, uint32_t line, uint32_t other) { return state().reported.emplace(what, line, other).second; }
+
+enum What { race, race_of_works, early, uninitialised, out_of_bounds };
+
+const char* verb(Access access) {
+  switch (access) {
+    case Access::read:
+      return "read";
+    case Access::atomic:
+      return "atomic access";
+    case Access::write:
+      return "write";
+    default:
+      return "write by cp.async";
+  }
+}
+
+std::string kernel_prefix() { return state().order.name.empty() ? "" : state().order.name + ": "; }
+
+std::string thread_text(uint32_t who) {
+  return "thread " + std::to_string(thread_of(who)) + " of block " + std::to_string(state().block);
+}
+
+// The access that is made now.
+struct Present {
+  Access access;
+  Record record;
+  uint32_t line;
+  Moment synced;  // of its thread with its warp
+};
+
+void report_race(const Subject& subject, const Present& present, const Record& other, bool other_wrote) {
+  const bool is_early = (other.who & pending_bit) != 0;
+  const auto line = full_line(other.who, present.line);
+  if (!first_time(is_early ? early : race, present.line, line)) return;
+  const auto head = kernel_prefix() + line_text(present.line) + ": " + verb(present.access) + " of " +
+                    text_of(subject) + " by " + thread_text(present.record.who);
+  const auto other_thread = "thread " + std::to_string(thread_of(other.who));
+  if (is_early) {
+    report(head + " before the cp.async of " + other_thread + " at " + line_text(line) + " was waited for");
+    return;
+  }
+  const bool here = other.moment >= state().block_start;
+  const bool atomic = (other.who & atomic_bit) != 0;
+  report(head + " races with the " +
+         (atomic        ? "atomic access"
+          : other_wrote ? "write"
+                        : "read") +
+         " by " + (here ? other_thread + " of the same block" : "a thread of another block") + " at " +
+         line_text(line));
+}
+
+const Begun* work_at(Moment moment) {
+  const auto& begun = state().begun;
+  const auto next = std::upper_bound(begun.begin(), begun.end(), moment,
+                                     [](Moment value, const Begun& work) { return value < work.moment; });
+  return next == begun.begin() ? nullptr : &*std::prev(next);
+}
+
+bool is_before(const Begun& work, const WorkOrder& order) {
+  return work.stream < order.streams && order.before[work.stream] >= work.position;
+}
+
+void report_unordered(const Subject& subject, const char* does, Moment moment, bool other_wrote) {
+  const auto* other = work_at(moment);
+  const auto& order = state().order;
+  if (other == nullptr || is_before(*other, order)) return;
+  if (!first_time(race_of_works, order.stream, other->stream)) return;
+  report(order.name + " on stream " + std::to_string(order.stream) + " " + does + " " + text_of(subject) + ", which " +
+         other->name + " on stream " + std::to_string(other->stream) + (other_wrote ? " writes" : " reads") +
+         ": no event or wait orders them");
+}
+
+[[gnu::cold, gnu::noinline]] void conflict(const Subject& subject, const Present& present, const Record& other,
+                                           bool other_wrote) {
+  if (other.moment < state().work_start) {
+    const char* does = present.access == Access::read ? "reads" : "writes";
+    return report_unordered(subject, does, other.moment, other_wrote);
+  }
+  report_race(subject, present, other, other_wrote);
+}
+
+// ---- one access of one cell
+// ------------------------------------------------------------------------------------------
+
+// Whether an access that is not settled is unordered with the present one.
+inline bool races(const Record& old, const Present& present, const State& all) {
+  if (present.access == Access::atomic && (old.who & atomic_bit) != 0) return false;
+  if (old.moment < all.block_start) return true;
+  if ((old.who & pending_bit) != 0) return true;
+  if (same_thread(old.who, present.record.who) || old.moment < all.barrier) return false;
+  return !same_warp(old.who, present.record.who) || old.moment >= present.synced;
+}
+
+inline void remember_read(Cell& cell, const Record& record, const State& all, Moment settled) {
+  if (cell.read.moment < all.block_start) {
+    if (cell.read.moment >= settled) cell.foreign_read = cell.read;
+    cell.earlier_read = {};
+  } else if (!same_thread(cell.read.who, record.who)) {
+    const bool keeps = cell.earlier_read.moment >= all.barrier && !same_warp(cell.earlier_read.who, record.who);
+    if (!keeps) cell.earlier_read = cell.read;
+  }
+  cell.read = record;
+}
+
+template <Access access>
+inline void touch(Cell& cell, const Present& present, const State& all, Moment settled, const Subject& subject) {
+  const auto check = [&](const Record& old, bool wrote) {
+    if (old.moment >= settled && races(old, present, all)) [[unlikely]]
+      conflict(subject, present, old, wrote);
+  };
+  if constexpr (access != Access::arrival) check(cell.write, true);
+  if constexpr (access == Access::read) {
+    remember_read(cell, present.record, all, settled);
+  } else {
+    check(cell.read, false);
+    check(cell.earlier_read, false);
+    check(cell.foreign_read, false);
+    cell.write = present.record;
+  }
+}
+
+template <Access access>
+inline void touch_cells(Page& page, std::size_t offset, uint32_t bytes, const Present& present, const State& all,
+                        Moment settled, const Subject& subject) {
+  const auto first = offset >> page.shift, end = (offset + bytes) >> page.shift;
+  for (auto i = first; i < end; ++i) touch<access>(page.cells[i], present, all, settled, subject);
+}
+
+// ---- global memory
+// ---------------------------------------------------------------------------------------------------
+
+inline uint64_t bits(std::size_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+[[gnu::cold, gnu::noinline]] void report_uninitialised(const Subject& subject, const Present& present) {
+  if (!first_time(uninitialised, present.line, 0)) return;
+  report(kernel_prefix() + line_text(present.line) + ": " + verb(present.access) + " of " + text_of(subject) +
+         ", which was never written, by " + thread_text(present.record.who));
+}
+
+// Accesses are aligned and at most 64 bytes long, so their bits are in one word.
+template <Access access>
+inline void check_written(Shadow& shadow, const Subject& subject, uint32_t bytes, const Present& present) {
+  auto& word = shadow.written[subject.offset / 64];
+  const auto mask = bits(bytes) << (subject.offset % 64);
+  if constexpr (access == Access::read || access == Access::atomic) {
+    if ((word & mask) != mask) [[unlikely]]
+      report_uninitialised(subject, present);
+  }
+  if constexpr (access != Access::read) word |= mask;
+}
+
+[[gnu::cold, gnu::noinline]] void report_bounds(const WarpAccess& access, uint64_t address, const Present& present) {
+  if (!first_time(out_of_bounds, access.line, 0)) return;
+  report(kernel_prefix() + line_text(access.line) + ": " + verb(access.access) + " of " + std::to_string(access.bytes) +
+         " bytes out of bounds: " + describe_address(reinterpret_cast<const void*>(address)) + ", by " +
+         thread_text(present.record.who));
+}
+
+// Null when the access is not inside a live range.
+inline const Allocation* range_of(Lookup& lookup, uint64_t address, uint32_t bytes) {
+  if (address >= lookup.begin && address + bytes <= lookup.end) [[likely]]
+    return lookup.range;
+  const auto* range = find(reinterpret_cast<const void*>(address));
+  if (range == nullptr) return nullptr;
+  const auto begin = reinterpret_cast<uint64_t>(range->data);
+  if (address + bytes > begin + range->bytes) return nullptr;
+  lookup = {begin, begin + range->bytes, range};
+  return range;
+}
+
+template <Access access>
+inline Present present_of(const WarpAccess& of, uint32_t lane, const State& all) {
+  const uint32_t flags = access == Access::atomic ? atomic_bit : access == Access::pending ? pending_bit : 0;
+  const uint32_t who = (of.warp * 32 + lane) << thread_shift | flags | (of.line & line_mask);
+  return {access, {all.now, who}, of.line, of.synced != nullptr ? of.synced[lane] : 0};
+}
+
+template <Access access>
+uint32_t check_global_as(const WarpAccess& of) {
+  auto& all = state();
+  auto& lookup = all.lookups[of.line % all.lookups.size()];
+  uint32_t allowed = 0;
+  for (uint32_t rest = of.lanes; rest != 0; rest &= rest - 1) {
+    const auto lane = static_cast<uint32_t>(std::countr_zero(rest));
+    const auto present = present_of<access>(of, lane, all);
+    const auto address = of.addresses[lane];
+    const auto* range = range_of(lookup, address, of.bytes);
+    if (range == nullptr) [[unlikely]] {
+      report_bounds(of, address, present);
+      continue;
+    }
+    allowed |= 1u << lane;
+    const Subject subject{range, address - lookup.begin};
+    auto& shadow = shadow_of(*range);
+    auto& page = shadow.pages[subject.offset >> page_shift];
+    prepare(page, subject.offset, of.bytes, all.settled, all.now);
+    check_written<access>(shadow, subject, of.bytes, present);
+    touch_cells<access>(page, subject.offset % page_bytes, of.bytes, present, all, all.settled, subject);
+  }
+  return allowed;
+}
+
+// ---- shared memory
+// ---------------------------------------------------------------------------------------------------
+
+inline void check_initialised(const Page& page, const Subject& subject, uint32_t bytes, const Present& present,
+                              Moment block_start) {
+  const auto offset = subject.offset % page_bytes;
+  for (auto i = offset >> page.shift; i < (offset + bytes) >> page.shift; ++i) {
+    if (page.cells[i].write.moment < block_start) [[unlikely]]
+      return report_uninitialised(subject, present);
+  }
+}
+
+template <Access access>
+void check_shared_as(const WarpAccess& of) {
+  auto& all = state();
+  for (uint32_t rest = of.lanes; rest != 0; rest &= rest - 1) {
+    const auto lane = static_cast<uint32_t>(std::countr_zero(rest));
+    const auto present = present_of<access>(of, lane, all);
+    const Subject subject{nullptr, of.addresses[lane]};
+    const auto number = subject.offset >> page_shift;
+    if (number >= all.shared.size()) all.shared.resize(number + 1);
+    auto& page = all.shared[number];
+    prepare(page, subject.offset, of.bytes, all.block_start, all.now);
+    if constexpr (access == Access::read || access == Access::atomic) {
+      check_initialised(page, subject, of.bytes, present, all.block_start);
+    }
+    touch_cells<access>(page, subject.offset % page_bytes, of.bytes, present, all, all.block_start, subject);
+  }
+}
+
+// ---- whole ranges
+// ----------------------------------------------------------------------------------------------------
+
+// Where a range of addresses lies in its allocation; the caller has checked that it does.
+struct Part {
+  const Allocation* range = nullptr;
+  std::size_t begin = 0, end = 0;
+};
+
+Part part_of(const void* address, std::size_t bytes) {
+  const auto* range = find(address);
+  const auto begin = static_cast<std::size_t>(static_cast<const char*>(address) - range->data);
+  return {range, begin, begin + bytes};
+}
+
+void set_written(Shadow& shadow, std::size_t begin, std::size_t end) {
+  for (auto at = begin; at < end;) {
+    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
+    shadow.written[at / 64] |= bits(count) << (at % 64);
+    at += count;
+  }
+}
+
+// The first byte that was never written, or `end`.
+std::size_t first_unwritten(const Shadow& shadow, std::size_t begin, std::size_t end) {
+  for (auto at = begin; at < end;) {
+    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
+    const auto missing = ~(shadow.written[at / 64] >> (at % 64)) & bits(count);
+    if (missing != 0) return at + static_cast<std::size_t>(std::countr_zero(missing));
+    at += count;
+  }
+  return end;
+}
+
+void check_order(const Cell& cell, bool writes, const Subject& subject) {
+  const auto& all = state();
+  const auto is_open = [&](const Record& old) { return old.moment >= all.settled && old.moment < all.work_start; };
+  const char* does = writes ? "writes" : "reads";
+  if (is_open(cell.write)) report_unordered(subject, does, cell.write.moment, true);
+  if (!writes) return;
+  for (const auto& old : {cell.read, cell.earlier_read, cell.foreign_read}) {
+    if (is_open(old)) report_unordered(subject, does, old.moment, false);
+  }
+}
+
+// Remembers an access of a whole range, and finds earlier ones that nothing orders before it.
+void touch_range(const Part& part, bool writes) {
+  const auto& all = state();
+  if (all.order.alone && all.settled == all.work_start) return;
+  auto& shadow = shadow_of(*part.range);
+  for (auto at = part.begin; at < part.end;) {
+    const auto end = std::min(part.end, (at / page_bytes + 1) * page_bytes);
+    auto& page = shadow.pages[at / page_bytes];
+    prepare(page, at | end, 0, all.settled, all.now);
+    for (; at < end; at += std::size_t{1} << page.shift) {
+      auto& cell = page.cells[at % page_bytes >> page.shift];
+      check_order(cell, writes, {part.range, at});
+      if (cell.read.moment >= all.settled && !writes) cell.foreign_read = cell.read;
+      (writes ? cell.write : cell.read) = {all.now, 0};
+    }
+  }
+}
+
+// Moments are 32 bits: before they run out, everything is forgotten that they order.
+void restart_time() {
+  auto& all = state();
+  for (auto* shadow : all.shadows) {
+    for (auto& page : shadow->pages) page = {};
+  }
+  all.shared.clear();
+  all.begun.clear();
+  all.now = 1;
+}
+
+void drop_known(const WorkOrder& order) {
+  auto& begun = state().begun;
+  const auto known = [&](const Begun& work) {
+    return work.stream < order.host_streams && order.host[work.stream] >= work.position;
+  };
+  while (!begun.empty() && known(begun.front())) begun.pop_front();
+}
+
+Moment first_unordered(const WorkOrder& order) {
+  for (const auto& work : state().begun) {
+    if (!is_before(work, order)) return work.moment;
+  }
+  return state().now;
+}
+
+}  // namespace
+
+void set_describe(Describe describe) { state().describe = describe; }
+
+void begin_work(const WorkOrder& order) {
+  constexpr Moment last_moment = 0xf0000000;
+  auto& all = state();
+  if (all.now > last_moment) restart_time();
+  all.work_start = all.block_start = all.barrier = ++all.now;
+  all.block = 0;
+  all.order = order;
+  all.reported.clear();
+  drop_known(order);
+  all.settled = first_unordered(order);
+  all.begun.push_back({all.now, order.stream, order.position, order.name});
+}
+
+void begin_block(uint32_t block) {
+  auto& all = state();
+  all.block_start = all.barrier = ++all.now;
+  all.block = block;
+}
+
+void pass_barrier() {
+  auto& all = state();
+  all.barrier = ++all.now;
+}
+
+Moment pass_warp_sync() { return ++state().now; }
+
+uint32_t check_global(const WarpAccess& access) {
+  switch (access.access) {
+    case Access::read:
+      return check_global_as<Access::read>(access);
+    case Access::write:
+      return check_global_as<Access::write>(access);
+    case Access::atomic:
+      return check_global_as<Access::atomic>(access);
+    default:
+      return access.lanes;
+  }
+}
+
+void check_shared(const WarpAccess& access) {
+  switch (access.access) {
+    case Access::read:
+      return check_shared_as<Access::read>(access);
+    case Access::write:
+      return check_shared_as<Access::write>(access);
+    case Access::atomic:
+      return check_shared_as<Access::atomic>(access);
+    case Access::pending:
+      return check_shared_as<Access::pending>(access);
+    case Access::arrival:
+      return check_shared_as<Access::arrival>(access);
+  }
+}
+
+void write_range(const void* address, std::size_t bytes) {
+  if (bytes == 0) return;
+  const auto part = part_of(address, bytes);
+  touch_range(part, true);
+  set_written(shadow_of(*part.range), part.begin, part.end);
+}
+
+void read_range(const void* address, std::size_t bytes, const char* reader) {
+  if (bytes == 0) return;
+  const auto part = part_of(address, bytes);
+  touch_range(part, false);
+  const auto missing = first_unwritten(shadow_of(*part.range), part.begin, part.end);
+  if (missing == part.end) return;
+  report(std::string(reader) + " reads " + describe_address(part.range->data + missing) + ", which was never written");
+}
+
+void copy_range(const void* to, const void* from, std::size_t bytes) {
+  if (bytes == 0) return;
+  const auto target = part_of(to, bytes), source = part_of(from, bytes);
+  touch_range(source, false);
+  touch_range(target, true);
+  const auto& known = shadow_of(*source.range).written;
+  auto& written = shadow_of(*target.range).written;
+  for (std::size_t i = 0; i < bytes; ++i) {
+    const auto at = source.begin + i, to_at = target.begin + i;
+    const auto bit = known[at / 64] >> (at % 64) & 1;
+    written[to_at / 64] = (written[to_at / 64] & ~(uint64_t{1} << (to_at % 64))) | bit << (to_at % 64);
+  }
+}
+
+void check_unused(const Allocation& allocation) {
+  const auto& all = state();
+  if (allocation.shadow == nullptr || all.settled == all.work_start) return;
+  for (std::size_t number = 0; number < allocation.shadow->pages.size(); ++number) {
+    const auto& page = allocation.shadow->pages[number];
+    if (page.last_use < all.settled) continue;
+    for (std::size_t i = 0; i < page.size(); ++i) {
+      const auto offset = number * page_bytes + (i << page.shift);
+      if (offset < allocation.bytes) check_order(page.cells[i], true, {&allocation, offset});
+    }
+  }
+}
+
+void forget(const Allocation& allocation) {
+  state().lookups = {};
+  if (allocation.shadow == nullptr) return;
+  state().shadows.erase(allocation.shadow);
+  delete allocation.shadow;
+  allocation.shadow = nullptr;
+}
+
+}  // namespace cuda_sim
