@@ -1,0 +1,23 @@
+#pragma once
+// The kernels of the CUDA back-end, each declared as its entry in the table wants it.
+
+#include <knock/core/backend.hpp>
+
+#include <type_traits>
+
+// The entries of the table that are there.
+// clang-format off
+#define KNOCK_CUDA_KERNELS(X) \
+  X(fill) X(copy) X(arange) X(random) X(unary) X(unary_backward) X(binary) X(binary_scalar) X(where) X(lerp) \
+  X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(reduce) X(arg_reduce) X(scan) X(recurrence)
+// clang-format on
+
+namespace knock::cuda {
+
+#define KNOCK_DECLARE(name)                                               \
+  using name##_function = std::remove_pointer_t<decltype(Backend::name)>; \
+  name##_function name;
+KNOCK_CUDA_KERNELS(KNOCK_DECLARE)
+#undef KNOCK_DECLARE
+
+}  // namespace knock::cuda

@@ -1,0 +1,85 @@
+#include "stream.hpp"
+
+#include "device.hpp"
+#include "error.hpp"
+#include "findings.hpp"
+
+#include <array>
+#include <mutex>
+
+namespace knock::cuda {
+namespace {
+
+/// The stream of a device that all threads start with. It lives as long as the process: tensors of static duration are
+/// released on it.
+cudaStream_t own_stream(int device) {
+  struct Slot {
+    std::once_flag made;
+    cudaStream_t stream = nullptr;
+  };
+  static std::array<Slot, max_devices> slots;
+  Slot& slot = slots[static_cast<std::size_t>(device)];
+  std::call_once(slot.made, [&] { KNOCK_CUDA(cudaStreamCreateWithFlags(&slot.stream, cudaStreamNonBlocking)); });
+  return slot.stream;
+}
+
+thread_local std::array<cudaStream_t, max_devices> chosen{};  // null: the device's own
+
+void order(cudaStream_t first, cudaStream_t second) {
+  Event event;
+  event.record(first);
+  event.block(second);
+}
+
+}  // namespace
+
+Event::Event() { KNOCK_CUDA(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+Event::~Event() {
+  if (event_) cudaEventDestroy(event_);
+}
+void Event::record(cudaStream_t stream) { KNOCK_CUDA(cudaEventRecord(event_, stream)); }
+void Event::block(cudaStream_t stream) const { KNOCK_CUDA(cudaStreamWaitEvent(stream, event_, 0)); }
+void Event::synchronize() const { KNOCK_CUDA(cudaEventSynchronize(event_)); }
+bool Event::done() const {
+  const cudaError_t status = cudaEventQuery(event_);
+  if (status == cudaErrorNotReady) return false;
+  KNOCK_CUDA(status);
+  return true;
+}
+
+Stream::Stream() { KNOCK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+Stream::~Stream() { cudaStreamDestroy(stream_); }
+
+cudaStream_t current_stream() {
+  const int device = current_device();
+  const cudaStream_t stream = chosen[static_cast<std::size_t>(device)];
+  return stream ? stream : own_stream(device);
+}
+
+void synchronize_stream() {
+  fetch_findings();
+  KNOCK_CUDA(cudaStreamSynchronize(current_stream()));
+  forget_launches(current_device());
+  report_findings();
+}
+
+void synchronize_device() {
+  KNOCK_CUDA(cudaDeviceSynchronize());  // the slots of all streams are written
+  synchronize_stream();
+}
+
+StreamGuard::StreamGuard(const Stream& stream)
+    : device_(current_device()), before_(current_stream()), inside_(stream.get()) {
+  order(before_, inside_);
+  chosen[static_cast<std::size_t>(device_)] = inside_;
+}
+
+StreamGuard::~StreamGuard() {
+  chosen[static_cast<std::size_t>(device_)] = before_;
+  try {
+    order(inside_, before_);
+  } catch (const Error&) {  // the device has failed: the next call says so
+  }
+}
+
+}  // namespace knock::cuda
