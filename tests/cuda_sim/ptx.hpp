@@ -91,9 +91,6 @@ enum class Special : uint8_t {
   smid,
   nsmid,
   gridid,
-  clock,
-  clock64,
-  globaltimer,
   dynamic_shared_bytes,
   total_shared_bytes,
 };
@@ -105,6 +102,7 @@ struct SpecialRegister {
 };
 
 struct Function;
+struct Module;
 
 struct Call {
   const Function* callee = nullptr;  ///< null: its address is in a register
@@ -113,6 +111,7 @@ struct Call {
 };
 
 struct Function {
+  const Module* module = nullptr;
   std::string name;
   bool entry = false;
   bool defined = false;               ///< false: only declared in this module
@@ -133,7 +132,7 @@ struct Function {
   std::vector<std::vector<uint32_t>> branch_tables;
   std::size_t frame_slots = 0, predicates = 0;
   bool makes_calls = false;
-  uint32_t first_number = 0;  ///< instruction i has the number first_number + i, unique in the process
+  mutable uint32_t first_number = 0;  ///< of its instructions in findings; 0 until it is executed
 };
 
 /// A variable in global or constant memory: a range of device memory, initialised.
@@ -154,6 +153,9 @@ struct Module {
   std::map<std::string, Variable, std::less<>> variables;
   std::map<uint32_t, std::string> files;  ///< paths, by the number that Origin::file gives
 };
+
+/// The numbers of its instructions in findings name nothing any more.
+void forget_numbers(const Module& module);
 
 /// Throws std::runtime_error with the PTX line where the text is not PTX. An instruction that the machine does not know
 /// is none: executing it is a Fault.
