@@ -94,8 +94,7 @@ void set_protection(const HostUse& changed) {
   }
 }
 
-// ---- faults
-// ----------------------------------------------------------------------------------------------------------
+// ---- faults ----
 
 struct sigaction previous_handler {};
 

@@ -77,7 +77,6 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
   launch.dynamic_shared_bytes = of.shared_bytes;
   launch.parameters = parameters.data();
   auto& counters = counters_of(kernel.shown);
-  ++counters.launches;
   try {
     execute(*kernel.function, *kernel.binary->module, launch, counters);
   } catch (const Fault& fault) {

@@ -21,8 +21,7 @@ namespace cuda_sim {
 /// Says what the simulator cannot do, and ends the process.
 [[noreturn]] void fatal(const std::string& what);
 
-// ---- errors: errors.cpp
-// ----------------------------------------------------------------------------------------------
+// ---- errors: errors.cpp ----
 
 /// One caller at a time.
 std::recursive_mutex& runtime_mutex();
@@ -47,8 +46,7 @@ cudaError_t api(Body&& body) {
 /// Reports how an API function was misused, and answers it.
 cudaError_t refuse(cudaError_t error, const std::string& finding);
 
-// ---- devices: devices.cpp
-// --------------------------------------------------------------------------------------------
+// ---- devices: devices.cpp ----
 
 constexpr int max_devices = 8;
 constexpr std::size_t default_shared_bytes = 48 << 10, most_shared_bytes = 163 << 10,
@@ -56,8 +54,7 @@ constexpr std::size_t default_shared_bytes = 48 << 10, most_shared_bytes = 163 <
 int device_count();
 int current_device();
 
-// ---- host memory and faults: host_memory.cpp
-// -------------------------------------------------------------------------
+// ---- host memory and faults: host_memory.cpp ----
 
 /// Catches host code that touches device memory, freed pinned memory or pinned memory that a copy still uses. Called
 /// again and again, because others (doctest) put their handlers in front of ours.
@@ -82,8 +79,7 @@ void protect(const HostUse& use, uint32_t stream, uint64_t position, const std::
 /// The host has waited: finished[s] is the last position of stream s that it knows to be finished.
 void unprotect(const std::vector<uint64_t>& finished);
 
-// ---- streams and events: streams.cpp, events.cpp, graphs.cpp
-// ---------------------------------------------------------
+// ---- streams and events: streams.cpp, events.cpp, graphs.cpp ----
 
 /// What is queued: everything that a stream, or a graph that is launched again and again, must know of it.
 struct Operation {
@@ -109,8 +105,7 @@ bool is_capturing(const Stream& stream);
 /// Forgets all queues (cudaDeviceReset).
 void reset_streams();
 
-// ---- leaks, asked at the end of the program
-// --------------------------------------------------------------------------
+// ---- leaks, asked at the end of the program ----
 
 std::vector<const Allocation*> live_allocations();
 std::size_t live_streams();

@@ -23,8 +23,7 @@
 namespace cuda_sim {
 namespace {
 
-// ---- what is remembered
-// ----------------------------------------------------------------------------------------------
+// ---- what is remembered ----
 
 struct Record {
   Moment moment = 0;
@@ -47,13 +46,54 @@ struct Cell {
 constexpr std::size_t page_shift = 12, page_bytes = std::size_t{1} << page_shift;
 constexpr int coarsest = 2;  // a cell for 4 bytes
 
-struct Page {
-  std::unique_ptr<Cell[]> cells;
-  std::size_t room = 0;  // cells that there are
-  int shift = coarsest;  // a cell stands for 1 << shift bytes
+// The cells of 4096 bytes, as arrays of each of their fields, so that a warp's accesses are looked at together.
+class Page {
+ public:
+  enum Field : int { write, read, earlier_read, foreign_read, fields };
   Moment last_use = 0;
 
-  std::size_t size() const { return page_bytes >> shift; }
+  int shift() const { return shift_; }  // a cell stands for 1 << shift bytes
+  std::size_t size() const { return page_bytes >> shift_; }
+  Moment* moments(Field field) { return data_.get() + field * room_; }
+  uint32_t* whos(Field field) { return data_.get() + (fields + field) * room_; }
+
+  // Afterwards the cells hold anything that was in the page.
+  void reset(int shift) {
+    shift_ = shift;
+    if (room_ >= size()) return;
+    room_ = size();
+    data_ = std::make_unique<uint32_t[]>(2 * fields * room_);
+  }
+
+  Cell load(std::size_t i) {
+    const auto at = [&](Field field) { return Record{moments(field)[i], whos(field)[i]}; };
+    return {at(write), at(read), at(earlier_read), at(foreign_read)};
+  }
+
+  void store(std::size_t i, const Cell& cell) {
+    const auto set = [&](Field field, const Record& record) {
+      moments(field)[i] = record.moment;
+      whos(field)[i] = record.who;
+    };
+    set(write, cell.write);
+    set(read, cell.read);
+    set(earlier_read, cell.earlier_read);
+    set(foreign_read, cell.foreign_read);
+  }
+
+  // Cells become smaller, each as the larger one was.
+  void refine(int shift) {
+    std::vector<Cell> old(size());
+    for (std::size_t i = 0; i < old.size(); ++i) old[i] = load(i);
+    const auto parts = std::size_t{1} << (shift_ - shift);
+    reset(shift);
+    for (std::size_t i = 0; i < size(); ++i) store(i, old[i / parts]);
+  }
+
+ private:
+  std::unique_ptr<uint32_t[]> data_;
+  std::size_t room_ = 0;  // cells that there are
+  int shift_ = coarsest;
 };
 
 }  // namespace
@@ -107,43 +147,24 @@ Shadow& shadow_of(const Allocation& range) {
   return *range.shadow;
 }
 
-// ---- pages and their granularity
-// -------------------------------------------------------------------------------------
+// ---- pages and their granularity ----
 
 int finest_shift(std::size_t offset, std::size_t bytes) {
   return std::min(coarsest, std::countr_zero(static_cast<uint64_t>(offset | bytes)));
-}
-
-void make_room(Page& page) {
-  if (page.room >= page.size()) return;
-  page.room = page.size();
-  page.cells = std::make_unique<Cell[]>(page.room);
-}
-
-void refine(Page& page, int shift) {
-  const auto cells_before = page.size();
-  const auto old = std::move(page.cells);
-  const auto parts = std::size_t{1} << (page.shift - shift);
-  page.shift = shift;
-  page.room = 0;
-  make_room(page);
-  for (std::size_t i = 0; i < cells_before * parts; ++i) page.cells[i] = old[i / parts];
 }
 
 // Makes the page fine enough for an access. One in which nothing matters any more may become coarse again.
 inline void prepare(Page& page, std::size_t offset, std::size_t bytes, Moment settled, Moment now) {
   const int shift = finest_shift(offset, bytes);
   if (page.last_use < settled) {
-    page.shift = shift;
-    make_room(page);
-  } else if (shift < page.shift) {
-    refine(page, shift);
+    page.reset(shift);
+  } else if (shift < page.shift()) {
+    page.refine(shift);
   }
   page.last_use = now;
 }
 
-// ---- findings
-// --------------------------------------------------------------------------------------------------------
+// ---- findings ----
 
 // The memory that is looked at, for findings: a range of global memory, or null for shared.
 struct Subject {
@@ -252,8 +273,7 @@ void report_unordered(const Subject& subject, const char* does, Moment moment, b
   report_race(subject, present, other, other_wrote);
 }
 
-// ---- one access of one cell
-// ------------------------------------------------------------------------------------------
+// ---- one access of one cell ----
 
 // Whether an access that is not settled is unordered with the present one.
 inline bool races(const Record& old, const Present& present, const State& all) {
@@ -295,14 +315,157 @@ inline void touch(Cell& cell, const Present& present, const State& all, Moment s
 template <Access access>
 inline void touch_cells(Page& page, std::size_t offset, uint32_t bytes, const Present& present, const State& all,
                         Moment settled, const Subject& subject) {
-  const auto first = offset >> page.shift, end = (offset + bytes) >> page.shift;
-  for (auto i = first; i < end; ++i) touch<access>(page.cells[i], present, all, settled, subject);
+  const auto first = offset >> page.shift(), end = (offset + bytes) >> page.shift();
+  for (auto i = first; i < end; ++i) {
+    auto cell = page.load(i);
+    touch<access>(cell, present, all, settled, subject);
+    page.store(i, cell);
+  }
 }
 
-// ---- global memory
-// ---------------------------------------------------------------------------------------------------
+// ---- lanes whose accesses follow one another ----
+
+// Before a loop whose arrays do not overlap.
+#if defined(__clang__)
+#define SHADOW_LANES _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define SHADOW_LANES _Pragma("GCC ivdep")
+#endif
+
+struct Run {
+  uint32_t first_who = 0;  // of its first lane
+  std::size_t offset = 0, bytes = 0;
+  int lane_shift = 0;  // a lane accesses 1 << lane_shift bytes
+};
+
+// Whether the lanes are neighbours and so are their addresses.
+inline bool is_run(const WarpAccess& of) {
+  const auto first = static_cast<uint32_t>(std::countr_zero(of.lanes));
+  const auto count = static_cast<uint32_t>(std::popcount(of.lanes));
+  const auto lanes = count == 32 ? ~0u : (1u << count) - 1;
+  if (of.lanes >> first != lanes || !std::has_single_bit(of.bytes) || of.addresses[first] % of.bytes != 0) return false;
+  uint64_t different = 0;
+  for (uint32_t i = 0; i < count; ++i) different |= of.addresses[first + i] - of.addresses[first] - i * of.bytes;
+  return different == 0;
+}
+
+// All lanes read one place: two of them say as much as all.
+inline uint32_t lanes_that_matter(const WarpAccess& of) {
+  if (of.access != Access::read || std::popcount(of.lanes) < 3) return of.lanes;
+  const auto first = of.addresses[std::countr_zero(of.lanes)];
+  uint64_t different = 0;
+  for (uint32_t lane = 0; lane < 32; ++lane) different |= of.lanes >> lane & 1 ? of.addresses[lane] ^ first : 0;
+  return different == 0 ? std::bit_floor(of.lanes) | (of.lanes & -of.lanes) : of.lanes;
+}
+
+// All cells of a run at once: the arrays begin at its first cell.
+struct RunCells {
+  Page& page;
+  std::size_t first, count;
+  int lane_shift;  // a lane accesses 1 << lane_shift cells
+  uint32_t first_who;
+
+  RunCells(Page& of, const Run& run)
+      : page(of),
+        first(run.offset % page_bytes >> of.shift()),
+        count(run.bytes >> of.shift()),
+        lane_shift(run.lane_shift - of.shift()),
+        first_who(run.first_who) {}
+
+  Moment* moments(Page::Field field) { return page.moments(field) + first; }
+  uint32_t* whos(Page::Field field) { return page.whos(field) + first; }
+  uint32_t who(std::size_t i) const { return first_who + (static_cast<uint32_t>(i) >> lane_shift << thread_shift); }
+};
+
+// Whether an access that is remembered may be unordered with the present one: it needs a closer look.
+bool is_suspicious(RunCells cells, Page::Field field, const State& all, Moment settled) {
+  const auto* moments = cells.moments(field);
+  const auto* whos = cells.whos(field);
+  const auto start = all.block_start, barrier = all.barrier;
+  uint32_t suspicious = 0;
+  for (std::size_t i = 0; i < cells.count; ++i) {
+    const bool own = (whos[i] ^ cells.who(i)) >> thread_shift == 0;
+    const bool ordered = (moments[i] >= start) & ((moments[i] < barrier) | own) & ((whos[i] & pending_bit) == 0);
+    suspicious |= static_cast<uint32_t>((moments[i] >= settled) & !ordered);
+  }
+  return suspicious != 0;
+}
+
+// What remember_read does, without a branch.
+void make_place_for_reads(RunCells cells, const State& all, Moment settled) {
+  const auto *moments = cells.moments(Page::read), *whos = cells.whos(Page::read);
+  auto *earlier = cells.moments(Page::earlier_read), *earlier_whos = cells.whos(Page::earlier_read);
+  auto *foreign = cells.moments(Page::foreign_read), *foreign_whos = cells.whos(Page::foreign_read);
+  const auto start = all.block_start, barrier = all.barrier;
+  const auto mask = [](bool condition) { return 0u - static_cast<uint32_t>(condition); };
+  const auto choose = [](uint32_t where, uint32_t a, uint32_t b) { return (a & where) | (b & ~where); };
+  SHADOW_LANES
+  for (std::size_t i = 0; i < cells.count; ++i) {
+    const auto old = mask(moments[i] < start), is_foreign = old & mask(moments[i] >= settled);
+    foreign[i] = choose(is_foreign, moments[i], foreign[i]);
+    foreign_whos[i] = choose(is_foreign, whos[i], foreign_whos[i]);
+    const auto own = mask((whos[i] ^ cells.who(i)) >> thread_shift == 0);
+    const auto other_warp = mask((earlier_whos[i] ^ cells.who(i)) >> warp_shift != 0);
+    const auto keeps = own | (mask(earlier[i] >= barrier) & other_warp);
+    earlier[i] = choose(keeps, earlier[i], moments[i]) & ~old;
+    earlier_whos[i] = choose(keeps, earlier_whos[i], whos[i]);
+  }
+}
+
+// False, with nothing changed, when a cell needs a closer look.
+template <Access access>
+bool touch_run(Page& page, const Run& run, const State& all, Moment settled) {
+  RunCells cells(page, run);
+  if (is_suspicious(cells, Page::write, all, settled)) return false;
+  if constexpr (access == Access::read) {
+    make_place_for_reads(cells, all, settled);
+  } else {
+    for (const auto field : {Page::read, Page::earlier_read, Page::foreign_read}) {
+      if (is_suspicious(cells, field, all, settled)) return false;
+    }
+  }
+  constexpr auto field = access == Access::read ? Page::read : Page::write;
+  auto *moments = cells.moments(field), *whos = cells.whos(field);
+  SHADOW_LANES
+  for (std::size_t i = 0; i < cells.count; ++i) {
+    moments[i] = all.now;
+    whos[i] = cells.who(i);
+  }
+  return true;
+}
+
+// The pages of [begin, end), each with its part.
+template <class Visit>
+void for_each_page(std::size_t begin, std::size_t end, Visit visit) {
+  while (begin < end) {
+    const auto page_end = std::min(end, (begin / page_bytes + 1) * page_bytes);
+    visit(begin, page_end);
+    begin = page_end;
+  }
+}
+
+// ---- global memory ----
 
 inline uint64_t bits(std::size_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+void set_written(Shadow& shadow, std::size_t begin, std::size_t end) {
+  for (auto at = begin; at < end;) {
+    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
+    shadow.written[at / 64] |= bits(count) << (at % 64);
+    at += count;
+  }
+}
+
+// The first byte that was never written, or `end`.
+std::size_t first_unwritten(const Shadow& shadow, std::size_t begin, std::size_t end) {
+  for (auto at = begin; at < end;) {
+    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
+    const auto missing = ~(shadow.written[at / 64] >> (at % 64)) & bits(count);
+    if (missing != 0) return at + static_cast<std::size_t>(std::countr_zero(missing));
+    at += count;
+  }
+  return end;
+}
 
 [[gnu::cold, gnu::noinline]] void report_uninitialised(const Subject& subject, const Present& present) {
   if (!first_time(uninitialised, present.line, 0)) return;
@@ -349,62 +512,143 @@ inline Present present_of(const WarpAccess& of, uint32_t lane, const State& all)
 }
 
 template <Access access>
-uint32_t check_global_as(const WarpAccess& of) {
-  auto& all = state();
+inline void check_global_lane(const WarpAccess& of, const Allocation& range, std::size_t offset, uint32_t lane,
+                              State& all) {
+  const auto present = present_of<access>(of, lane, all);
+  const Subject subject{&range, offset};
+  auto& shadow = shadow_of(range);
+  auto& page = shadow.pages[offset >> page_shift];
+  prepare(page, offset, of.bytes, all.settled, all.now);
+  check_written<access>(shadow, subject, of.bytes, present);
+  touch_cells<access>(page, offset % page_bytes, of.bytes, present, all, all.settled, subject);
+}
+
+template <Access access>
+uint32_t check_global_lanes(const WarpAccess& of, State& all) {
   auto& lookup = all.lookups[of.line % all.lookups.size()];
   uint32_t allowed = 0;
-  for (uint32_t rest = of.lanes; rest != 0; rest &= rest - 1) {
+  const auto lanes = lanes_that_matter(of);
+  for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
     const auto lane = static_cast<uint32_t>(std::countr_zero(rest));
-    const auto present = present_of<access>(of, lane, all);
     const auto address = of.addresses[lane];
     const auto* range = range_of(lookup, address, of.bytes);
     if (range == nullptr) [[unlikely]] {
-      report_bounds(of, address, present);
+      report_bounds(of, address, present_of<access>(of, lane, all));
       continue;
     }
     allowed |= 1u << lane;
-    const Subject subject{range, address - lookup.begin};
-    auto& shadow = shadow_of(*range);
-    auto& page = shadow.pages[subject.offset >> page_shift];
-    prepare(page, subject.offset, of.bytes, all.settled, all.now);
-    check_written<access>(shadow, subject, of.bytes, present);
-    touch_cells<access>(page, subject.offset % page_bytes, of.bytes, present, all, all.settled, subject);
+    check_global_lane<access>(of, *range, address - lookup.begin, lane, all);
   }
-  return allowed;
+  return lanes == of.lanes ? allowed : allowed == lanes ? of.lanes : 0;
 }
 
-// ---- shared memory
-// ---------------------------------------------------------------------------------------------------
-
-inline void check_initialised(const Page& page, const Subject& subject, uint32_t bytes, const Present& present,
-                              Moment block_start) {
-  const auto offset = subject.offset % page_bytes;
-  for (auto i = offset >> page.shift; i < (offset + bytes) >> page.shift; ++i) {
-    if (page.cells[i].write.moment < block_start) [[unlikely]]
-      return report_uninitialised(subject, present);
+// The part of a run that lies in one page. False when its lanes must be looked at one by one.
+template <Access access>
+bool check_global_part(Shadow& shadow, const Run& run, const State& all) {
+  auto& page = shadow.pages[run.offset >> page_shift];
+  if constexpr (access != Access::write) {
+    const auto end = run.offset + run.bytes;
+    if (first_unwritten(shadow, run.offset, end) != end) return false;
   }
+  prepare(page, run.offset, std::size_t{1} << run.lane_shift, all.settled, all.now);
+  if (!touch_run<access>(page, run, all, all.settled)) return false;
+  if constexpr (access == Access::write) set_written(shadow, run.offset, run.offset + run.bytes);
+  return true;
+}
+
+// The parts of a run, the lanes of each.
+template <class Visit>
+void for_each_part(const WarpAccess& of, uint32_t first_who, std::size_t offset, Visit visit) {
+  const auto lanes = static_cast<std::size_t>(std::popcount(of.lanes));
+  const int lane_shift = std::countr_zero(of.bytes);
+  uint32_t lane = static_cast<uint32_t>(std::countr_zero(of.lanes)), who = first_who;
+  for_each_page(offset, offset + lanes * of.bytes, [&](std::size_t begin, std::size_t end) {
+    visit(Run{who, begin, end - begin, lane_shift}, lane);
+    const auto passed = static_cast<uint32_t>((end - begin) >> lane_shift);
+    lane += passed;
+    who += passed << thread_shift;
+  });
+}
+
+template <Access access>
+uint32_t check_global_as(const WarpAccess& of) {
+  auto& all = state();
+  if (of.lanes == 0) return 0;
+  if (access == Access::atomic || !is_run(of)) return check_global_lanes<access>(of, all);
+  auto& lookup = all.lookups[of.line % all.lookups.size()];
+  const auto first = static_cast<uint32_t>(std::countr_zero(of.lanes));
+  const auto bytes = static_cast<uint32_t>(std::popcount(of.lanes)) * of.bytes;
+  const auto* range = range_of(lookup, of.addresses[first], bytes);
+  if (range == nullptr) return check_global_lanes<access>(of, all);
+  auto& shadow = shadow_of(*range);
+  const auto who = present_of<access>(of, first, all).record.who;
+  for_each_part(of, who, of.addresses[first] - lookup.begin, [&](const Run& run, uint32_t lane) {
+    if (check_global_part<access>(shadow, run, all)) return;
+    for (std::size_t at = 0; at < run.bytes; at += of.bytes) {
+      check_global_lane<access>(of, *range, run.offset + at, lane++, all);
+    }
+  });
+  return of.lanes;
+}
+
+// ---- shared memory ----
+
+bool is_initialised(Page& page, std::size_t offset, std::size_t bytes, Moment block_start) {
+  const auto* moments = page.moments(Page::write) + (offset % page_bytes >> page.shift());
+  uint32_t missing = 0;
+  for (std::size_t i = 0; i < bytes >> page.shift(); ++i) missing |= static_cast<uint32_t>(moments[i] < block_start);
+  return missing == 0;
+}
+
+Page& shared_page(std::size_t offset, std::size_t bytes, State& all) {
+  const auto number = offset >> page_shift;
+  if (number >= all.shared.size()) all.shared.resize(number + 1);
+  auto& page = all.shared[number];
+  prepare(page, offset, bytes, all.block_start, all.now);
+  return page;
+}
+
+template <Access access>
+inline void check_shared_lane(const WarpAccess& of, std::size_t offset, uint32_t lane, State& all) {
+  const auto present = present_of<access>(of, lane, all);
+  const Subject subject{nullptr, offset};
+  auto& page = shared_page(offset, of.bytes, all);
+  if constexpr (access == Access::read || access == Access::atomic) {
+    if (!is_initialised(page, offset, of.bytes, all.block_start)) [[unlikely]]
+      report_uninitialised(subject, present);
+  }
+  touch_cells<access>(page, offset % page_bytes, of.bytes, present, all, all.block_start, subject);
+}
+
+template <Access access>
+bool check_shared_part(const Run& run, State& all) {
+  auto& page = shared_page(run.offset, std::size_t{1} << run.lane_shift, all);
+  if (access == Access::read && !is_initialised(page, run.offset, run.bytes, all.block_start)) return false;
+  return touch_run<access>(page, run, all, all.block_start);
 }
 
 template <Access access>
 void check_shared_as(const WarpAccess& of) {
   auto& all = state();
-  for (uint32_t rest = of.lanes; rest != 0; rest &= rest - 1) {
-    const auto lane = static_cast<uint32_t>(std::countr_zero(rest));
-    const auto present = present_of<access>(of, lane, all);
-    const Subject subject{nullptr, of.addresses[lane]};
-    const auto number = subject.offset >> page_shift;
-    if (number >= all.shared.size()) all.shared.resize(number + 1);
-    auto& page = all.shared[number];
-    prepare(page, subject.offset, of.bytes, all.block_start, all.now);
-    if constexpr (access == Access::read || access == Access::atomic) {
-      check_initialised(page, subject, of.bytes, present, all.block_start);
+  constexpr bool plain = access == Access::read || access == Access::write;
+  if (of.lanes == 0) return;
+  if (!plain || !is_run(of)) {
+    for (uint32_t rest = lanes_that_matter(of); rest != 0; rest &= rest - 1) {
+      const auto lane = static_cast<uint32_t>(std::countr_zero(rest));
+      check_shared_lane<access>(of, of.addresses[lane], lane, all);
     }
-    touch_cells<access>(page, subject.offset % page_bytes, of.bytes, present, all, all.block_start, subject);
+    return;
   }
+  const auto first = static_cast<uint32_t>(std::countr_zero(of.lanes));
+  const auto who = present_of<access>(of, first, all).record.who;
+  for_each_part(of, who, of.addresses[first], [&](const Run& run, uint32_t lane) {
+    if (check_shared_part<access>(run, all)) return;
+    for (std::size_t at = 0; at < run.bytes; at += of.bytes)
+      check_shared_lane<access>(of, run.offset + at, lane++, all);
+  });
 }
 
-// ---- whole ranges
-// ----------------------------------------------------------------------------------------------------
+// ---- whole ranges ----
 
 // Where a range of addresses lies in its allocation; the caller has checked that it does.
 struct Part {
@@ -416,25 +660,6 @@ Part part_of(const void* address, std::size_t bytes) {
   const auto* range = find(address);
   const auto begin = static_cast<std::size_t>(static_cast<const char*>(address) - range->data);
   return {range, begin, begin + bytes};
-}
-
-void set_written(Shadow& shadow, std::size_t begin, std::size_t end) {
-  for (auto at = begin; at < end;) {
-    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
-    shadow.written[at / 64] |= bits(count) << (at % 64);
-    at += count;
-  }
-}
-
-// The first byte that was never written, or `end`.
-std::size_t first_unwritten(const Shadow& shadow, std::size_t begin, std::size_t end) {
-  for (auto at = begin; at < end;) {
-    const auto count = std::min<std::size_t>(64 - at % 64, end - at);
-    const auto missing = ~(shadow.written[at / 64] >> (at % 64)) & bits(count);
-    if (missing != 0) return at + static_cast<std::size_t>(std::countr_zero(missing));
-    at += count;
-  }
-  return end;
 }
 
 void check_order(const Cell& cell, bool writes, const Subject& subject) {
@@ -453,17 +678,18 @@ void touch_range(const Part& part, bool writes) {
   const auto& all = state();
   if (all.order.alone && all.settled == all.work_start) return;
   auto& shadow = shadow_of(*part.range);
-  for (auto at = part.begin; at < part.end;) {
-    const auto end = std::min(part.end, (at / page_bytes + 1) * page_bytes);
-    auto& page = shadow.pages[at / page_bytes];
-    prepare(page, at | end, 0, all.settled, all.now);
-    for (; at < end; at += std::size_t{1} << page.shift) {
-      auto& cell = page.cells[at % page_bytes >> page.shift];
+  for_each_page(part.begin, part.end, [&](std::size_t begin, std::size_t end) {
+    auto& page = shadow.pages[begin / page_bytes];
+    prepare(page, begin | end, 0, all.settled, all.now);
+    for (auto at = begin; at < end; at += std::size_t{1} << page.shift()) {
+      const auto i = at % page_bytes >> page.shift();
+      auto cell = page.load(i);
       check_order(cell, writes, {part.range, at});
       if (cell.read.moment >= all.settled && !writes) cell.foreign_read = cell.read;
       (writes ? cell.write : cell.read) = {all.now, 0};
+      page.store(i, cell);
     }
-  }
+  });
 }
 
 // Moments are 32 bits: before they run out, everything is forgotten that they order.
@@ -584,11 +810,11 @@ void check_unused(const Allocation& allocation) {
   const auto& all = state();
   if (allocation.shadow == nullptr || all.settled == all.work_start) return;
   for (std::size_t number = 0; number < allocation.shadow->pages.size(); ++number) {
-    const auto& page = allocation.shadow->pages[number];
+    auto& page = allocation.shadow->pages[number];
     if (page.last_use < all.settled) continue;
     for (std::size_t i = 0; i < page.size(); ++i) {
-      const auto offset = number * page_bytes + (i << page.shift);
-      if (offset < allocation.bytes) check_order(page.cells[i], true, {&allocation, offset});
+      const auto offset = number * page_bytes + (i << page.shift());
+      if (offset < allocation.bytes) check_order(page.load(i), true, {&allocation, offset});
     }
   }
 }

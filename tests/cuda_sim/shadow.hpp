@@ -51,8 +51,7 @@ uint32_t check_global(const WarpAccess& access);
 /// A kernel's access to the block's shared memory. The machine has checked the bounds.
 void check_shared(const WarpAccess& access);
 
-// ---- what the runtime tells
-// ------------------------------------------------------------------------------------------
+// ---- what the runtime tells ----
 
 /// Where a kernel or copy stands among those of all streams.
 struct WorkOrder {
