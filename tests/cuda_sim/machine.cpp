@@ -225,10 +225,8 @@ void Scheduler::start_warps() {
     const uint32_t threads = std::min(warp_size, machine_.threads - warp.id * warp_size);
     warp.live = threads == warp_size ? all_lanes : (1u << threads) - 1;
     warp.synced.fill(0);
-    for (CopyQueue& queue : warp.copies) {
-      queue.copies.clear();
-      queue.groups.clear();
-    }
+    warp.copies.clear();
+    warp.commits.fill(0);
     Frame* const frame = calls_.entry_frame(warp);
     frame->lanes = warp.live;
     calls_.fill_block_specials(warp, *frame);

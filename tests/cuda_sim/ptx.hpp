@@ -41,6 +41,7 @@ struct alignas(64) Instruction {
   bool negated = false;  ///< the predicate operand is negated
   Flow flow = Flow::next;
   Space space = Space::generic;
+  bool narrow_address = false;  ///< the address's base is a register of 32 bits
   uint8_t count = 0;
   uint8_t option = 0;
   uint32_t target = 0;  ///< of a branch: index of an instruction; of a call or a branch table: index in the function

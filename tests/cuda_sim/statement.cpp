@@ -167,6 +167,7 @@ Slot Statement::address(std::size_t index) {
   if (address.kind != Operand::Kind::address) throw Unsupported("not an address");
   instruction.immediate = static_cast<int64_t>(address.value);
   if (address.reg.type == Type::none) return function_.constant(0, true, -1);
+  instruction.narrow_address = !address.reg.wide();
   return address.reg.slot;
 }
 

@@ -51,17 +51,14 @@ struct Group {
   uint8_t barrier = 0;  ///< at_barrier: its number
 };
 
-/// A cp.async that has not been waited for.
+/// A cp.async of a warp: the lanes that have not waited for it.
 struct PendingCopy {
-  uint64_t target = 0, source = 0;  ///< offset in shared memory; device address
-  uint32_t bytes = 0, source_bytes = 0;
+  uint32_t lanes = 0;
+  uint32_t bytes = 0;
   uint32_t line = 0;
-};
-
-/// The copies of a thread, and how many there were at each commit that is still open.
-struct CopyQueue {
-  std::vector<PendingCopy> copies;
-  std::vector<std::size_t> groups;
+  std::array<uint64_t, warp_size> targets{}, sources{};  ///< offsets in shared memory; device addresses
+  std::array<uint32_t, warp_size> source_bytes{};        ///< what follows is filled with zeros
+  std::array<uint32_t, warp_size> group{};               ///< the commit that closes it, by its number in the thread
 };
 
 struct Machine;
@@ -77,7 +74,8 @@ struct Warp {
   uint32_t live = 0;  ///< lanes that exist and have not exited
   std::array<Moment, warp_size> synced{};
   std::vector<Group> groups = {};
-  std::array<CopyQueue, warp_size> copies = {};
+  std::vector<PendingCopy> copies = {};
+  std::array<uint32_t, warp_size> commits{};  ///< cp.async.commit_group of each lane
 };
 
 /// The block that runs, and its launch.
