@@ -80,7 +80,9 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
   try {
     execute(*kernel.function, *kernel.binary->module, launch, counters);
   } catch (const Fault& fault) {
-    report(kernel.shown + ": " + fault.what());
+    std::string what = fault.what();
+    if (what.starts_with(kernel.name)) what.replace(0, kernel.name.size(), kernel.shown);
+    report(what);
     set_sticky_error(cudaErrorLaunchFailure);
   }
 }

@@ -126,7 +126,7 @@ struct State {
   Moment work_start = 1, block_start = 1, barrier = 1;
   uint32_t block = 0;
   WorkOrder order;
-  std::deque<Begun> begun;  // kernels and copies that the host has not waited for
+  std::deque<Begun> begun;  // kernels and copies that are not before all later ones
   Describe describe = nullptr;
   std::array<Lookup, 1024> lookups;
   std::vector<Page> shared;
@@ -706,7 +706,7 @@ void restart_time() {
 void drop_known(const WorkOrder& order) {
   auto& begun = state().begun;
   const auto known = [&](const Begun& work) {
-    return work.stream < order.host_streams && order.host[work.stream] >= work.position;
+    return work.stream < order.known_streams && order.known[work.stream] >= work.position;
   };
   while (!begun.empty() && known(begun.front())) begun.pop_front();
 }

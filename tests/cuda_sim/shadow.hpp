@@ -59,8 +59,8 @@ struct WorkOrder {
   uint64_t position = 0;             ///< in it, from 1
   const uint64_t* before = nullptr;  ///< for each stream: the last position that is finished before this work begins
   uint32_t streams = 0;
-  const uint64_t* host = nullptr;  ///< for each stream: the last position that the host has waited for
-  uint32_t host_streams = 0;
+  const uint64_t* known = nullptr;  ///< for each stream: the last position that is before this and all later works
+  uint32_t known_streams = 0;
   bool alone = true;  ///< there is no other stream: what copies touch need not be remembered
   std::string name;
 };

@@ -78,6 +78,19 @@ bool is_alone(const Stream& stream) {
   });
 }
 
+// What the host had waited for when the oldest of the queued works was submitted: it is before all that still runs.
+Clock known_to_all(const Work& next) {
+  auto known = streams().host;
+  const auto limit = [&](const Clock& clock) {
+    for (uint32_t i = 0; i < known.size(); ++i) known[i] = std::min(known[i], at(clock, i));
+  };
+  limit(next.before);
+  for (const auto& stream : streams().all) {
+    if (!stream->queue.empty()) limit(stream->queue.front().before);
+  }
+  return known;
+}
+
 void add_to_capture(Stream& stream, Operation operation) {
   auto& capture = *stream.capture;
   for (std::size_t i = 0; i < capture.members.size(); ++i) {
@@ -151,13 +164,13 @@ void run_next(Stream& stream) {
   stream.queue.pop_front();
   run_until(work.before);
   if (sticky_error() == cudaSuccess) {
-    const auto& host = streams().host;
+    const auto known = known_to_all(work);
     begin_work({.stream = stream.number,
                 .position = work.position,
                 .before = work.before.data(),
                 .streams = static_cast<uint32_t>(work.before.size()),
-                .host = host.data(),
-                .host_streams = static_cast<uint32_t>(host.size()),
+                .known = known.data(),
+                .known_streams = static_cast<uint32_t>(known.size()),
                 .alone = is_alone(stream),
                 .name = work.operation.name});
     work.operation.run();
