@@ -8,6 +8,7 @@
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 #include <support/compare.hpp>
+#include <support/op_table.hpp>
 
 using namespace knock;
 using test::distance;
@@ -126,6 +127,33 @@ TEST_CASE("add_rms_norm: the bits of a sum and a norm of it") {
   }
 }
 
+TEST_CASE("add_rms_norm: a branch of bf16 and a residual of f32") {
+  manual_seed(9);
+  for (const Shape& shape : {Shape{37, 96}, Shape{2, 5, 7}, Shape{3, 1}, Shape{0, 4}}) {
+    const Tensor x = randn(shape).to(DType::bf16).requires_grad_(), residual = randn(shape).requires_grad_(),
+                 w = rand({shape.back()}).requires_grad_();
+    const AddNorm fused = add_rms_norm(x, residual, w, 1e-3), twin = composite::add_rms_norm(x, residual, w, 1e-3);
+    CHECK(fused.sum.dtype() == DType::f32);
+    CHECK(fused.normed.dtype() == DType::bf16);
+    CHECK(test::same_bits(fused.sum, x.to(DType::f32) + residual));
+    CHECK(test::same_bits(fused.normed, rms_norm(fused.sum, w, 1e-3).to(DType::bf16)));
+    const Tensors up{randn(shape), randn(shape).to(DType::bf16)};
+    const Tensors found = autograd::grad({fused.sum, fused.normed}, {x, residual, w}, {.upstream = up}),
+                  expected = autograd::grad({twin.sum, twin.normed}, {x, residual, w}, {.upstream = up});
+    CHECK(test::same_bits(found[0], found[1].to(DType::bf16)));  // rounded once
+    for (std::size_t i = 0; i < 3; ++i) {
+      CHECK(found[i].dtype() == expected[i].dtype());
+      // one addition more or less in f32; of a product of bf16, two roundings
+      CHECK(test::difference(found[i], expected[i], test::limit_of(found[i].dtype(), test::Rounding::tensor, 1)) == "");
+    }
+    const Tensors of_sum = autograd::grad({add_rms_norm(x, residual, w).sum}, {x, residual}, {.upstream = {up[0]}});
+    CHECK(test::same_bits(of_sum[0], up[0].to(DType::bf16)));
+    CHECK(test::same_bits(of_sum[1], up[0]));
+  }
+  CHECK(test::contains(test::error_of([] { add_rms_norm(zeros({2}), zeros({2}).to(DType::bf16)); }),
+                       "x and residual need one shape and dtype (or x bf16 and residual f32)"));
+}
+
 TEST_CASE("rms_norm: the same bits for any number of threads, long and short rows") {
   const int threads = num_threads();
   for (const int64_t n : {32, 5000}) {
@@ -161,7 +189,9 @@ TEST_CASE("norms: errors") {
   CHECK(test::contains(test::error_of([] {
                          add_rms_norm(zeros({2, 3}), zeros({3}));
                        }),
-                       "[add_rms_norm] x and residual need one shape and dtype, got x (2, 3) f32 cpu, residual (3,)"));
+                       "[add_rms_norm] x and residual need one shape and dtype (or x bf16 and residual f32), got x (2, "
+                       "3) f32 cpu, residual "
+                       "(3,)"));
   CHECK(test::contains(test::error_of([] {
                          add_rms_norm(zeros({2, 3}), zeros({2, 3}, {DType::f64}));
                        }),

@@ -211,13 +211,15 @@ struct Backend {
   /// softmax, or its logarithm
   void (*softmax)(bool logarithm, const Array& x, const Array& out) = nullptr;
   void (*softmax_backward)(bool logarithm, const Array& y, const Array& dy, const Array& out_dx) = nullptr;
-  /// y = s r weight, r = 1 / sqrt(mean(s^2) + eps); s is x, or with `addend` the sum of both in x's dtype, which
-  /// out_sum keeps. stats (rows): r, in the memory order of the rows of s, which backward is given as x.
+  /// y = s r weight in x's dtype, r = 1 / sqrt(mean(s^2) + eps); s is x, or with `addend` the sum of both in the
+  /// addend's dtype (x's, or f32 beside bf16), which out_sum keeps. stats (rows): r, in the memory order of the rows of
+  /// s, which backward is given as x.
   void (*rms_norm)(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
                    const Array& out_y, const Array& out_stats) = nullptr;
-  /// `addend` is added to dx.
+  /// `addend` is added to dx, which has x's dtype; out_dx_narrow is the same in dy's.
   void (*rms_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                            const Array& addend, const Array& out_dx, const Array& out_dweight) = nullptr;
+                            const Array& addend, const Array& out_dx, const Array& out_dx_narrow,
+                            const Array& out_dweight) = nullptr;
   /// y = rope(rms_norm(x)) without a rounding between them; x, positions and y as rope's, stats as rms_norm's.
   void (*norm_rope)(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
                     bool interleaved, const Array& out_y, const Array& out_stats) = nullptr;

@@ -1,6 +1,6 @@
 #pragma once
 // RMS norm along the last axis, alone, behind a sum and in front of the rotation of rope.hpp, and the gradients: one
-// pass over memory each.
+// pass over memory each. A branch of bf16 may be added to sums of f32.
 //
 // A head has 32 to 128 features, so that what is done once a row matters. Rows are taken in groups: first the sums of
 // their squares, then the roots of all, then their products. A group stays in the first-level cache meanwhile, and rows
@@ -13,7 +13,7 @@ namespace knock::cpu {
 void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
               const Array& out_y, const Array& out_stats);
 void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
-                       const Array& out_dx, const Array& out_dweight);
+                       const Array& out_dx, const Array& out_dx_narrow, const Array& out_dweight);
 void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta, bool interleaved,
                const Array& out_y, const Array& out_stats);
 void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions, double theta,
@@ -45,13 +45,24 @@ void find_rstd(const GroupRows<T>& x, int64_t rows, int64_t n, double eps, C* rs
   std::copy(squares, squares + rows, rstd);
 }
 
-template <class C, class T>
-void add_rows(const GroupRows<T>& a, const GroupRows<T>& b, int64_t rows, int64_t n, const GroupRows<T>& out) {
+template <class C, class T, class S>
+void add_rows(const GroupRows<T>& a, const GroupRows<S>& b, int64_t rows, int64_t n, const GroupRows<S>& out) {
   for (int64_t r = 0; r < rows; ++r) {
-    const T *const left = a[r], *const right = b[r];
-    T* const to = out[r];
+    const T* const left = a[r];
+    const S* const right = b[r];
+    S* const to = out[r];
     KNOCK_SIMD
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(left[i]) + static_cast<C>(right[i]);
+  }
+}
+
+template <class S, class T>
+void copy_rows(const GroupRows<S>& from, int64_t rows, int64_t n, const GroupRows<T>& to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const S* const row = from[r];
+    T* const out = to[r];
+    KNOCK_SIMD
+    for (int64_t i = 0; i < n; ++i) out[i] = row[i];
   }
 }
 
@@ -126,21 +137,34 @@ struct BufferedRows {
 
 }  // namespace detail
 
+namespace detail {
+
+/// Calls `body` with the type of a branch and that of the sums it is added to.
+template <class Body>
+void dispatch_sum(DType branch, DType sum, Body&& body) {
+  dispatch_float(branch, "rms_norm", [&]<class T>(Type<T> type) {
+    if (branch == sum) return body(type, type);
+    if constexpr (std::is_same_v<T, bf16>) body(type, Type<float>{});
+  });
+}
+
+}  // namespace detail
+
 KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
                          const Array& out_y, const Array& out_stats) {
   using Use = ContiguousRows::Use;
   const ContiguousRows given(x, Use::read), more(addend, Use::read), sum(out_sum, Use::write), y(out_y, Use::write);
   const bool adds = addend.defined();
-  const Array& in = given.rows;
+  const Array &in = given.rows, &normed = adds ? sum.rows : in;
   const int64_t n = in.shape.back(), group = group_size(n);
-  const RowWalk<4> walk({adds ? sum.rows : in, in, adds ? more.rows : in, y.rows});
-  dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
+  const RowWalk<4> walk({normed, in, adds ? more.rows : in, y.rows});
+  detail::dispatch_sum(x.dtype, normed.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
     const detail::WeightOrOnes<C> scale(weight, n);
     parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
-        const GroupRows<T> from = group_of<T>(adds ? sum.rows : in, at[0]);
-        if (adds) detail::add_rows<C>(group_of<T>(in, at[1]), group_of<T>(more.rows, at[2]), rows, n, from);
+        const GroupRows<S> from = group_of<S>(normed, at[0]);
+        if (adds) detail::add_rows<C>(group_of<T>(in, at[1]), group_of<S>(more.rows, at[2]), rows, n, from);
         C* const rstd = out_stats.as<C>() + first;
         detail::find_rstd(from, rows, n, eps, rstd);
         detail::scale_rows(from, rows, n, rstd, scale.data(), group_of<T>(y.rows, at[3]));
@@ -152,30 +176,35 @@ KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weigh
 }
 
 KNOCK_FUNC void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                                  const Array& addend, const Array& out_dx, const Array& out_dweight) {
+                                  const Array& addend, const Array& out_dx, const Array& out_dx_narrow,
+                                  const Array& out_dweight) {
   using Use = ContiguousRows::Use;
-  const ContiguousRows given(x, Use::read), upstream(dy, Use::read), more(addend, Use::read), dx(out_dx, Use::write);
-  const bool adds = addend.defined(), wants_dx = out_dx.defined();
+  const ContiguousRows given(x, Use::read), upstream(dy, Use::read), more(addend, Use::read), dx(out_dx, Use::write),
+      narrow(out_dx_narrow, Use::write);
+  const bool adds = addend.defined(), wants_dx = out_dx.defined(), wants_narrow = out_dx_narrow.defined();
   const Array& in = given.rows;
   const int64_t n = in.shape.back(), group = group_size(n);
-  const RowWalk<4> walk({in, upstream.rows, adds ? more.rows : in, wants_dx ? dx.rows : in});
-  dispatch_float(x.dtype, "rms_norm", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
+  const RowWalk<5> walk(
+      {in, upstream.rows, adds ? more.rows : in, wants_dx ? dx.rows : in, wants_narrow ? narrow.rows : in});
+  detail::dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
+    using C = compute_t<S>;
     const detail::WeightOrOnes<C> scale(weight, n);
-    const detail::BufferedRows<T> unwanted(0);
+    const detail::BufferedRows<S> unwanted(0);
     const RowSums<C> sums(walk.count(), n);
     parallel_rows(walk.count(), sums.rows_per_part(), [&](int64_t begin, int64_t end) {
       C* const dweight = sums.part(begin);
-      std::vector<T> nowhere(wants_dx ? 0 : static_cast<std::size_t>(n));
+      std::vector<S> nowhere(wants_dx ? 0 : static_cast<std::size_t>(n));
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
-        detail::norm_gradient(group_of<T>(in, at[0]), rows, n, stats.as<C>() + first, scale.data(),
-                              group_of<T>(upstream.rows, at[1]), group_of<T>(more.rows, at[2]),
-                              wants_dx ? group_of<T>(dx.rows, at[3]) : unwanted.rows(nowhere.data()), dweight);
+        const GroupRows<S> to = wants_dx ? group_of<S>(dx.rows, at[3]) : unwanted.rows(nowhere.data());
+        detail::norm_gradient(group_of<S>(in, at[0]), rows, n, stats.as<C>() + first, scale.data(),
+                              group_of<T>(upstream.rows, at[1]), group_of<S>(more.rows, at[2]), to, dweight);
+        if (wants_narrow) detail::copy_rows(to, rows, n, group_of<T>(narrow.rows, at[4]));
       });
     });
     if (out_dweight.defined()) sums.add_up(out_dweight.as<C>());
   });
   dx.write_back();
+  narrow.write_back();
 }
 
 KNOCK_FUNC void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta,

@@ -77,10 +77,13 @@ struct ModelCost {
 };
 ModelCost cost(const MoeLmConfig& config, int64_t sequence_length);
 
-/// The residual stream, h + branch: the norm that reads the sum next also makes it, in one pass.
+/// The residual stream, h + branch: the norm that reads the sum next also makes it, in one pass. Blocks that compute in
+/// bf16 add to a sum of f32: rounded to bf16 after each of them, the sum loses what late layers add, and training ends
+/// at a higher loss.
 struct Residual {
   Tensor h;       ///< (B, T, hidden)
   Tensor branch;  ///< (B, T, hidden): what the last block adds; undefined before the first
+  DType compute;  ///< of the blocks
 
   AddNorm add_and_norm(nn::RMSNorm& norm) const;
   Residual last_token() const;
@@ -259,19 +262,19 @@ KNOCK_FUNC DecoderLayer::DecoderLayer(const MoeLmConfig& config, bool is_dense)
 }
 
 KNOCK_FUNC AddNorm Residual::add_and_norm(nn::RMSNorm& norm) const {
-  return branch.defined() ? norm.forward(branch, h) : AddNorm{h, norm(h)};
+  return branch.defined() ? norm.forward(branch, h) : AddNorm{h, norm(h).to(compute)};
 }
 
 KNOCK_FUNC Residual Residual::last_token() const {
   const int64_t last = h.size(1) - 1;
-  return {h.narrow(1, last, 1), branch.defined() ? branch.narrow(1, last, 1) : branch};
+  return {h.narrow(1, last, 1), branch.defined() ? branch.narrow(1, last, 1) : branch, compute};
 }
 
 KNOCK_FUNC Residual DecoderLayer::forward(const Residual& stream, const nn::AttentionInputs& inputs) {
   const AddNorm in = stream.add_and_norm(input_layernorm);
-  const Residual attended{in.sum, self_attn->forward(in.normed, inputs)};
+  const Residual attended{in.sum, self_attn->forward(in.normed, inputs), stream.compute};
   const AddNorm mid = attended.add_and_norm(post_attention_layernorm);
-  return {mid.sum, dense ? dense->forward(mid.normed) : moe->forward(mid.normed)};
+  return {mid.sum, dense ? dense->forward(mid.normed) : moe->forward(mid.normed), stream.compute};
 }
 
 KNOCK_FUNC MoeLm::MoeLm(const MoeLmConfig& config)
@@ -314,7 +317,7 @@ KNOCK_FUNC Tensor MoeLm::hidden(const Tensor& tokens, const LmInputs& inputs) {
   check(tokens.rank() == 2 && tokens.dtype() == DType::i64, "MoeLm", "tokens must be i64 (B, T), got ", tokens);
   check(!inputs.caches || inputs.caches->size() == layers_.size(), "MoeLm", "needs one cache for each of ",
         layers_.size(), " layers");
-  Residual stream{embed_tokens_(tokens).to(compute_dtype_), {}};
+  Residual stream{embed_tokens_(tokens), {}, compute_dtype_};
   const int64_t past = inputs.caches && !inputs.caches->empty() ? inputs.caches->front().length() : 0;
   const Tensor positions = inputs.positions.defined()
                                ? inputs.positions

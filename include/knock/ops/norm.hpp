@@ -23,12 +23,12 @@ namespace knock {
 Tensor rms_norm(const Tensor& x, const Tensor& weight = {}, double eps = 1e-6);
 
 struct AddNorm {
-  Tensor sum;     ///< x + residual
-  Tensor normed;  ///< rms_norm(sum, weight, eps)
+  Tensor sum;     ///< x + residual, in the residual's dtype
+  Tensor normed;  ///< rms_norm(sum, weight, eps), in x's dtype
 };
 
-/// A residual connection and the norm behind it in one pass: x and residual have one shape (..., n) and dtype, the
-/// weight is as rms_norm's.
+/// A residual connection and the norm behind it in one pass: x and residual have one shape (..., n) and one dtype, or
+/// bf16 and f32; the weight is as rms_norm's.
 ///
 ///   const auto [h, normed] = add_rms_norm(attention_out, h_before, weight);
 AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight = {}, double eps = 1e-6);
@@ -130,7 +130,7 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     const Tensor dw = detail::room_for(up.needs(1), in, {in.shape().back()}, stats.dtype());
     const Tensor scale = detail::norm_parameter(w, in);
     kernel(&Backend::rms_norm_backward, "rms_norm", in)(in.array(), detail::array_or_none(scale), stats.array(),
-                                                        dy.array(), {}, detail::array_or_none(dx),
+                                                        dy.array(), {}, detail::array_or_none(dx), {},
                                                         detail::array_or_none(dw));
     return {dx, detail::in_dtype(dw, w)};
   };
@@ -139,28 +139,32 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 
 KNOCK_FUNC AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   detail::check_norm("add_rms_norm", x, "weight", weight);
-  check(x.shape() == residual.shape() && x.dtype() == residual.dtype(), "add_rms_norm",
-        "x and residual need one shape and dtype, got x ", x, ", residual ", residual);
+  const bool wide_sum = x.dtype() == DType::bf16 && residual.dtype() == DType::f32;
+  check(x.shape() == residual.shape() && (x.dtype() == residual.dtype() || wide_sum), "add_rms_norm",
+        "x and residual need one shape and dtype (or x bf16 and residual f32), got x ", x, ", residual ", residual);
   check_same_device("add_rms_norm", {x, residual});
-  const Tensor sum = empty_like(x), normed = empty_like(x), stats = detail::row_stats(x);
+  const Tensor sum = empty(x.shape(), {residual.dtype(), x.device()}), normed = empty_like(x),
+               stats = detail::row_stats(x);
   kernel(&Backend::rms_norm, "add_rms_norm", x)(x.array(), residual.array(),
                                                 detail::array_or_none(detail::norm_parameter(weight, x)), eps,
                                                 sum.array(), normed.array(), stats.array());
-  const auto backward = [sum = autograd::SavedOutput(sum), weight = autograd::Saved(weight), stats,
-                         eps](const autograd::Upstream& up) -> Tensors {
-    if (!up.has(1)) return {up.dy(0), up.dy(0), {}};
+  const auto backward = [sum = autograd::SavedOutput(sum), weight = autograd::Saved(weight), stats, eps, wide_sum,
+                         dtype = x.dtype()](const autograd::Upstream& up) -> Tensors {
+    const auto of_x = [&](const Tensor& dsum) { return up.needs(0) ? dsum.to(dtype) : Tensor(); };
+    if (!up.has(1)) return {of_x(up.dy(0)), up.dy(0), {}};
     const Tensor s = sum.get(up), w = weight.get(up), ds = up.has(0) ? up.dy(0) : Tensor(), dy = up.dy(1);
     if (autograd::is_recording()) {
       const auto [dx, dw] = detail::rms_norm_gradients(s, w, dy, eps);
       const Tensor dsum = ds.defined() ? dx + ds : dx;
-      return {dsum, dsum, dw};
+      return {of_x(dsum), dsum, dw};
     }
-    const Tensor dx = detail::room_for(up.needs(0) || up.needs(1), s, s.shape(), s.dtype());
+    const Tensor dsum = detail::room_for(up.needs(0) || up.needs(1), s, s.shape(), s.dtype());
+    const Tensor dx = detail::room_for(up.needs(0) && wide_sum, s, s.shape(), dtype);
     const Tensor dw = detail::room_for(up.needs(2), s, {s.shape().back()}, stats.dtype());
     kernel(&Backend::rms_norm_backward, "add_rms_norm", s)(
         s.array(), detail::array_or_none(detail::norm_parameter(w, s)), stats.array(), dy.array(),
-        detail::array_or_none(ds), detail::array_or_none(dx), detail::array_or_none(dw));
-    return {dx, dx, detail::in_dtype(dw, w)};
+        detail::array_or_none(ds), detail::array_or_none(dsum), detail::array_or_none(dx), detail::array_or_none(dw));
+    return {wide_sum ? dx : dsum, dsum, detail::in_dtype(dw, w)};
   };
   autograd::record("add_rms_norm", {sum, normed}, {x, residual, weight}, backward);
   return {sum, normed};
@@ -207,7 +211,7 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 
 KNOCK_FUNC AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
   const Tensor sum = x + residual;
-  return {sum, composite::rms_norm(sum, weight, eps)};
+  return {sum, composite::rms_norm(sum, weight, eps).to(x.dtype())};
 }
 
 KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps) {
