@@ -34,10 +34,16 @@ inline Grid grid_of_blocks(int64_t n, int threads, int shared_bytes = 0) {
   return {std::min(n, most), threads, shared_bytes};
 }
 
+/// Dynamic shared memory that every kernel gets; more must be asked for.
+inline constexpr int shared_bytes_without_asking = 48 * 1024;
+
 /// Launches `kernel` unless the grid is empty. `name` is a literal: the kernel's, or its op's.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, const Arguments&... arguments) {
   if (grid.blocks == 0) return;
+  if (grid.shared_bytes > shared_bytes_without_asking) {
+    KNOCK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes));
+  }
   const auto bytes = static_cast<std::size_t>(grid.shared_bytes);
   kernel<<<static_cast<unsigned>(grid.blocks), static_cast<unsigned>(grid.threads), bytes, current_stream()>>>(
       static_cast<Parameters>(arguments)...);

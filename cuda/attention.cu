@@ -1,0 +1,28 @@
+// Scaled dot-product attention: which kernels make it.
+
+#include "attention.cuh"
+#include "kernels.hpp"
+
+namespace knock::cuda {
+
+void attention(const AttentionScores& scores, const Array& q, const Array& k, const Array& v, const Array& mask,
+               const Array& documents, const Array& out, const Array& log_sum_exp) {
+  if (log_sum_exp.numel() == 0) return;
+  const AttentionProblem p(scores, q, k, v, mask, documents);
+  if (fits_mma({q, k, v, out})) return attention_mma(p, out, log_sum_exp);
+  attention_general(p, out, log_sum_exp, {});
+}
+
+void attention_backward(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
+                        const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp,
+                        const Array& dout, const Array& dq, const Array& dk, const Array& dv) {
+  if (log_sum_exp.numel() == 0) return;
+  const AttentionProblem p(scores, q, k, v, mask, documents);
+  const Storage memory(log_sum_exp.numel() * size_of(log_sum_exp.dtype), Device(DeviceKind::cuda, current_device()));
+  const Array delta{memory.data, log_sum_exp.dtype, log_sum_exp.shape, log_sum_exp.strides};
+  attention_delta(p, out, dout, delta);
+  if (fits_mma({q, k, v, dout, dq, dk, dv})) return attention_backward_mma(p, dout, log_sum_exp, delta, dq, dk, dv);
+  attention_backward_general(p, dout, log_sum_exp, delta, dq, dk, dv, {}, {});
+}
+
+}  // namespace knock::cuda

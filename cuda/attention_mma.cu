@@ -1,0 +1,468 @@
+// Attention in bf16 on the tensor cores, head dimensions up to 256 that are multiples of 8, rows of 16-byte pieces.
+//
+// A block of four warps makes 64 rows, 16 to a warp, and walks over tiles of the other side, which copies bring to
+// shared memory while the tile before is multiplied. Scores and their weights stay in registers: the layout in which
+// mma.sync leaves a product is the one in which it takes the next one's left operand. Rows of D features lie in shared
+// memory in pieces of 8, permuted by the row, so that neither copies nor ldmatrix meet in a bank.
+//
+// dq has a kernel of its own beside dk and dv, each of which adds in one fixed order: scores are made twice, and no
+// sum depends on the order in which blocks run.
+
+#include "attention.cuh"
+#include "launch.cuh"
+#include "mma.cuh"
+
+namespace knock::cuda {
+namespace {
+
+constexpr int warps = 4, threads = 32 * warps, rows = 16 * warps;
+constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
+
+/// Where piece `piece` of row `row` lies in a tile of D features.
+template <int D>
+__device__ int place(int row, int piece) {
+  return row * D + (piece ^ (D >= 64 ? row & 7 : row >> 1 & 3)) * 8;
+}
+
+/// Begins to copy rows [first, first + count) of head (b, h); zeros where there is no row or feature.
+template <int D, int count>
+__device__ void load_tile(__nv_bfloat16* to, const Heads& from, int64_t b, int64_t h, int64_t first, int64_t rows_there,
+                          int depth) {
+  constexpr int pieces = D / 8;
+  const auto* const data = static_cast<const __nv_bfloat16*>(from.data);
+  for (int at = static_cast<int>(threadIdx.x); at < count * pieces; at += threads) {
+    const int row = at / pieces, piece = at % pieces;
+    const bool there = first + row < rows_there && piece * 8 < depth;
+    copy_async(to + place<D>(row, piece), there ? data + from.row(b, h, first + row) + piece * 8 : data,
+               there ? 16 : 0);
+  }
+}
+
+/// A warp's left operand: rows [row, row + 16), features [16 step, 16 step + 16).
+template <int D>
+__device__ void load_left(uint32_t (&a)[4], const __nv_bfloat16* tile, int row, int step) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
+  load_matrices(a, tile + place<D>(row + matrix % 2 * 8 + lane % 8, 2 * step + matrix / 2));
+}
+
+/// products (16, N) = a's rows [row, row + 16) times b's rows [0, N), over D features.
+template <int D, int N>
+__device__ void multiply_rows(float (&products)[N / 8][4], const __nv_bfloat16* a, int row, const __nv_bfloat16* b) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+    for (int e = 0; e < 4; ++e) products[n][e] = 0;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t left[4];
+    load_left<D>(left, a, row, step);
+#pragma unroll
+    for (int n = 0; n < N / 8; n += 2) {
+      uint32_t right[4];
+      load_matrices(right, b + place<D>(n * 8 + matrix / 2 * 8 + lane % 8, 2 * step + matrix % 2));
+      mma_bf16(products[n], left, right[0], right[1]);
+      mma_bf16(products[n + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+/// sums (16, 8 T) += weights (16, N), rounded to bf16, times features [8 piece, 8 piece + 8 T) of b's N rows.
+template <int D, int N, int T>
+__device__ void add_rows(float (&sums)[T][4], const float (&weights)[N / 8][4], const __nv_bfloat16* b, int piece) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
+#pragma unroll
+  for (int step = 0; step < N / 16; ++step) {
+    const auto &low = weights[2 * step], &high = weights[2 * step + 1];
+    const uint32_t left[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
+                              pack(high[2], high[3])};
+#pragma unroll
+    for (int t = 0; t < T; t += 2) {
+      uint32_t right[4];
+      load_matrices_transposed(right, b + place<D>(step * 16 + matrix % 2 * 8 + lane % 8, piece + t + matrix / 2));
+      mma_bf16(sums[t], left, right[0], right[1]);
+      mma_bf16(sums[t + 1], left, right[2], right[3]);
+    }
+  }
+}
+
+/// Writes sums (16, 8 T), each row times its factor, to features [8 piece, ..) of rows [first, first + 16) of head
+/// (b, h), through `tile`, of which this warp owns 16 rows of D features from `row` on. Returns whether all are finite.
+template <int D, int T>
+__device__ bool store_rows(const Heads& to, int64_t b, int64_t h, int64_t first, int64_t rows_there, int piece,
+                           int depth, const float (&sums)[T][4], const float (&factor)[2], __nv_bfloat16* tile,
+                           int row) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, pair = lane % 4 * 2;
+  bool finite = true;
+  __syncwarp();
+#pragma unroll
+  for (int t = 0; t < T; ++t)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float low = sums[t][2 * half] * factor[half], high = sums[t][2 * half + 1] * factor[half];
+      finite = finite && isfinite(low) && isfinite(high);
+      *reinterpret_cast<uint32_t*>(tile + place<D>(row + group + 8 * half, t) + pair) = pack(low, high);
+    }
+  __syncwarp();
+  auto* const data = static_cast<__nv_bfloat16*>(to.data);
+  for (int at = lane; at < 16 * T; at += 32) {
+    const int i = at / T, t = at % T;
+    if (first + i >= rows_there || (piece + t) * 8 >= depth) continue;
+    *reinterpret_cast<uint4*>(data + to.row(b, h, first + i) + (piece + t) * 8) =
+        *reinterpret_cast<const uint4*>(tile + place<D>(row + i, t));
+  }
+  return finite;
+}
+
+/// Which tile of which head a block makes, or which part of it. Tiles far down, which see the most keys, come first.
+struct Work {
+  int64_t b, h, first;
+  int part;
+
+  __device__ Work(int64_t heads, int64_t rows_there, int parts = 1) {
+    const int64_t tiles = (rows_there + rows - 1) / rows, block = blockIdx.x / parts;
+    b = block / tiles / heads, h = block / tiles % heads, first = (tiles - 1 - block % tiles) * rows;
+    part = static_cast<int>(blockIdx.x) % parts;
+  }
+};
+
+/// What two rows of a lane (`group` and `group` + 8 of its warp) see of the other side. `begin` and `end` bound the
+/// columns; documents and masks are looked up.
+struct Sight {
+  const AttentionProblem& p;
+  int b, h, row[2], begin[2], end[2];
+  bool rows_are_keys, bounded;
+
+  __device__ Sight(const AttentionProblem& problem, int64_t batch, int64_t head, int64_t first, bool keys)
+      : p(problem),
+        b(static_cast<int>(batch)),
+        h(static_cast<int>(head)),
+        rows_are_keys(keys),
+        bounded(!problem.documents && !problem.mask.data) {
+    for (int half = 0; half < 2; ++half) {
+      row[half] = static_cast<int>(first + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half);
+      int64_t from, to;
+      if (keys) {
+        p.queries_of(row[half], 1, from, to);
+      } else {
+        p.keys_of(row[half], 1, from, to);
+      }
+      begin[half] = static_cast<int>(from);
+      end[half] = static_cast<int>(row[half] < (keys ? p.keys : p.queries) ? to : from);
+    }
+  }
+
+  /// Whether both rows see all of the columns [col, col + count).
+  __device__ bool all(int col, int count) const {
+    return bounded && col >= max(begin[0], begin[1]) && col + count <= min(end[0], end[1]);
+  }
+  __device__ bool one(int half, int col, float& added) const {
+    added = 0;
+    if (col < begin[half] || col >= end[half]) return false;
+    return bounded || p.sees(b, h, rows_are_keys ? col : row[half], rows_are_keys ? row[half] : col, added);
+  }
+};
+
+/// Scores (16, N) in units of log 2: what is hidden becomes -inf.
+template <int N>
+__device__ void finish_scores(float (&s)[N / 8][4], const Sight& sight, int col, float scale) {
+  const int pair = static_cast<int>(threadIdx.x) % 4 * 2;
+  if (sight.all(col, N)) {
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+      for (int e = 0; e < 4; ++e) s[n][e] *= scale;
+    return;
+  }
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n)
+    for (int e = 0; e < 4; ++e) {
+      float added;
+      const bool seen = sight.one(e / 2, col + n * 8 + pair + e % 2, added);
+      s[n][e] = seen ? s[n][e] * scale + added * log2_e : -INFINITY;
+    }
+}
+
+__device__ float largest_of_row(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 2));
+}
+__device__ float sum_of_row(float x) {
+  x += __shfl_xor_sync(0xffffffffU, x, 1);
+  return x + __shfl_xor_sync(0xffffffffU, x, 2);
+}
+
+/// Documents of a tile: the block passes over tiles of keys whose ids lie outside those of its queries.
+struct DocumentRange {
+  int64_t low = INT64_MIN, high = INT64_MAX;
+
+  /// Of the ids at places [first, first + count); whole warps call it.
+  __device__ DocumentRange(const AttentionProblem& p, int64_t b, int64_t first, int count) {
+    if (!p.documents) return;
+    low = INT64_MAX, high = INT64_MIN;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < count; i += 32) {
+      const int64_t at = min(max(first + i, int64_t{0}), p.keys - 1);
+      const int64_t id = p.documents[b * p.document_batch_stride + at * p.document_stride];
+      low = min(low, id), high = max(high, id);
+    }
+    for (int distance = 1; distance < 32; distance *= 2) {
+      low = min(low, __shfl_xor_sync(0xffffffffU, low, distance));
+      high = max(high, __shfl_xor_sync(0xffffffffU, high, distance));
+    }
+  }
+  __device__ bool meets(const DocumentRange& other) const { return low <= other.high && other.low <= high; }
+};
+
+extern __shared__ __align__(16) __nv_bfloat16 shared_tiles[];
+
+template <int D, int N>
+__global__ void __launch_bounds__(threads)
+    attention_forward_mma(AttentionProblem p, Heads out, float* log_sum_exp, Redo redo) {
+  const Work w(p.q_heads, p.queries);
+  __nv_bfloat16 *const q = shared_tiles, *const k = q + rows * D, *const v = k + N * D;  // (64, D), (N, D), (N, D)
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int64_t kv_head = p.kv_head(w.h);
+  const float scale = static_cast<float>(p.scores.scale) * log2_e;
+  const Sight sight(p, w.b, w.h, w.first, false);
+  const DocumentRange own(p, w.b, w.first + p.scores.shift, rows);
+  int64_t begin, end;
+  p.keys_of(w.first, rows, begin, end);
+  const auto next_tile = [&](int64_t col) {
+    while (col < end && !own.meets(DocumentRange(p, w.b, col, N))) col += N;
+    return col;
+  };
+
+  load_tile<D, rows>(q, p.q, w.b, w.h, w.first, p.queries, p.depth);
+  int64_t col = next_tile(begin / N * N);
+  if (col < end) load_tile<D, N>(k, p.k, w.b, kv_head, col, p.keys, p.depth);
+  commit_copies();
+  float sums[D / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  while (col < end) {
+    wait_copies<0>();
+    __syncthreads();
+    load_tile<D, N>(v, p.v, w.b, kv_head, col, p.keys, p.v_depth);
+    commit_copies();
+    float s[N / 8][4];
+    multiply_rows<D, N>(s, q, warp_row, k);
+    finish_scores<N>(s, sight, static_cast<int>(col), scale);
+    const int64_t next = next_tile(col + N);
+    wait_copies<0>();
+    __syncthreads();
+    if (next < end) load_tile<D, N>(k, p.k, w.b, kv_head, next, p.keys, p.depth);
+    commit_copies();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float high = largest[half], sum = 0;
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+      high = largest_of_row(high);
+      const float base = high == -INFINITY ? 0.0f : high, shrink = exp2_approx(largest[half] - base);
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          s[n][e] = exp2_approx(s[n][e] - base);
+          sum += s[n][e];
+        }
+      total[half] = total[half] * shrink + sum_of_row(sum);
+      largest[half] = high;
+#pragma unroll
+      for (int t = 0; t < D / 8; ++t) sums[t][2 * half] *= shrink, sums[t][2 * half + 1] *= shrink;
+    }
+    add_rows<D, N, D / 8>(sums, s, v, 0);
+    col = next;
+  }
+  wait_copies<0>();
+  float factor[2];
+  for (int half = 0; half < 2; ++half) {
+    const bool blind = total[half] == 0;
+    factor[half] = blind ? 0 : 1 / total[half];
+    if (lane % 4 == 0 && sight.row[half] < p.queries)
+      log_sum_exp[(w.b * p.q_heads + w.h) * p.queries + sight.row[half]] =
+          blind ? INFINITY : (largest[half] + log2f(total[half])) * ln_2;
+  }
+  const bool finite =
+      store_rows<D, D / 8>(out, w.b, w.h, w.first + warp_row, p.queries, 0, p.v_depth, sums, factor, q, warp_row);
+  const bool again = __syncthreads_or(!finite);
+  if (threadIdx.x == 0) redo.mark(w.b * p.q_heads + w.h, w.first, p.queries, 0) = again;
+}
+
+/// Weights (16, N) from scores and each row's log-sum-exp, both in units of log 2; then dS, from dP and delta.
+template <int D, int N>
+__global__ void __launch_bounds__(threads) attention_dq_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
+                                                            const float* delta, Heads dq, Redo redo) {
+  const Work w(p.q_heads, p.queries);
+  __nv_bfloat16 *const q = shared_tiles, *const dy = q + rows * D, *const k = dy + rows * D, *const v = k + N * D;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int64_t kv_head = p.kv_head(w.h), head = w.b * p.q_heads + w.h;
+  const float scale = static_cast<float>(p.scores.scale) * log2_e;
+  const Sight sight(p, w.b, w.h, w.first, false);
+  const DocumentRange own(p, w.b, w.first + p.scores.shift, rows);
+  int64_t begin, end;
+  p.keys_of(w.first, rows, begin, end);
+  const auto next_tile = [&](int64_t col) {
+    while (col < end && !own.meets(DocumentRange(p, w.b, col, N))) col += N;
+    return col;
+  };
+
+  load_tile<D, rows>(q, p.q, w.b, w.h, w.first, p.queries, p.depth);
+  load_tile<D, rows>(dy, dout, w.b, w.h, w.first, p.queries, p.v_depth);
+  int64_t col = next_tile(begin / N * N);
+  if (col < end) {
+    load_tile<D, N>(k, p.k, w.b, kv_head, col, p.keys, p.depth);
+    load_tile<D, N>(v, p.v, w.b, kv_head, col, p.keys, p.v_depth);
+  }
+  commit_copies();
+  float own_sum[2], own_delta[2];
+  for (int half = 0; half < 2; ++half) {
+    const bool there = sight.row[half] < p.queries;
+    own_sum[half] = there ? log_sum_exp[head * p.queries + sight.row[half]] * log2_e : 0;
+    own_delta[half] = there ? delta[head * p.queries + sight.row[half]] : 0;
+  }
+  float sums[D / 8][4] = {};
+  while (col < end) {
+    wait_copies<0>();
+    __syncthreads();
+    float s[N / 8][4], dweights[N / 8][4];
+    multiply_rows<D, N>(s, q, warp_row, k);
+    multiply_rows<D, N>(dweights, dy, warp_row, v);
+    const int64_t next = next_tile(col + N);
+    __syncthreads();
+    if (next < end) load_tile<D, N>(v, p.v, w.b, kv_head, next, p.keys, p.v_depth);
+    finish_scores<N>(s, sight, static_cast<int>(col), scale);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+      for (int e = 0; e < 4; ++e)
+        s[n][e] =
+            s[n][e] == -INFINITY ? 0 : exp2_approx(s[n][e] - own_sum[e / 2]) * (dweights[n][e] - own_delta[e / 2]);
+    add_rows<D, N, D / 8>(sums, s, k, 0);
+    __syncthreads();
+    if (next < end) load_tile<D, N>(k, p.k, w.b, kv_head, next, p.keys, p.depth);
+    commit_copies();
+    col = next;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  const float factor[2] = {static_cast<float>(p.scores.scale), static_cast<float>(p.scores.scale)};
+  const bool finite =
+      store_rows<D, D / 8>(dq, w.b, w.h, w.first + warp_row, p.queries, 0, p.depth, sums, factor, q, warp_row);
+  const bool again = __syncthreads_or(!finite);
+  if (threadIdx.x == 0) redo.mark(head, w.first, p.queries, 0) = again;
+}
+
+/// Rows are keys. Each block makes T pieces of the features of dk and dv: all of them, or a part that registers hold.
+template <int D, int N, int T>
+__global__ void __launch_bounds__(threads) attention_dkv_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
+                                                             const float* delta, Heads dk, Heads dv, Redo redo) {
+  const Work w(p.kv_heads, p.keys, redo.parts);
+  __nv_bfloat16 *const k = shared_tiles, *const v = k + rows * D, *const q = v + rows * D, *const dy = q + N * D;
+  float *const sums_of_column = reinterpret_cast<float*>(dy + N * D), *const delta_of_column = sums_of_column + N;
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  const int pair = lane % 4 * 2, piece = w.part * T;
+  const float scale = static_cast<float>(p.scores.scale) * log2_e;
+  const DocumentRange own(p, w.b, w.first, rows);
+  int64_t begin, end;
+  p.queries_of(w.first, rows, begin, end);
+
+  load_tile<D, rows>(k, p.k, w.b, w.h, w.first, p.keys, p.depth);
+  load_tile<D, rows>(v, p.v, w.b, w.h, w.first, p.keys, p.v_depth);
+  commit_copies();
+  float dk_sums[T][4] = {}, dv_sums[T][4] = {};
+  const int64_t heads = p.q_heads / p.kv_heads;
+  for (int64_t h = w.h * heads; h < (w.h + 1) * heads; ++h) {
+    const Sight sight(p, w.b, h, w.first, true);
+    for (int64_t col = begin / N * N; col < end; col += N) {
+      if (!own.meets(DocumentRange(p, w.b, col + p.scores.shift, N))) continue;
+      __syncthreads();
+      load_tile<D, N>(q, p.q, w.b, h, col, p.queries, p.depth);
+      load_tile<D, N>(dy, dout, w.b, h, col, p.queries, p.v_depth);
+      commit_copies();
+      if (threadIdx.x < N) {
+        const int64_t query = col + threadIdx.x, at = (w.b * p.q_heads + h) * p.queries + query;
+        sums_of_column[threadIdx.x] = query < p.queries ? log_sum_exp[at] * log2_e : 0;
+        delta_of_column[threadIdx.x] = query < p.queries ? delta[at] : 0;
+      }
+      wait_copies<0>();
+      __syncthreads();
+      float s[N / 8][4], dweights[N / 8][4];
+      multiply_rows<D, N>(s, k, warp_row, q);
+      finish_scores<N>(s, sight, static_cast<int>(col), scale);
+      multiply_rows<D, N>(dweights, v, warp_row, dy);
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+        for (int e = 0; e < 4; ++e) {
+          const int at = n * 8 + pair + e % 2;
+          const bool seen = s[n][e] != -INFINITY;
+          s[n][e] = seen ? exp2_approx(s[n][e] - sums_of_column[at]) : 0;
+          dweights[n][e] = seen ? s[n][e] * (dweights[n][e] - delta_of_column[at]) : 0;
+        }
+      add_rows<D, N, T>(dv_sums, s, dy, piece);
+      add_rows<D, N, T>(dk_sums, dweights, q, piece);
+    }
+  }
+  wait_copies<0>();
+  __syncthreads();
+  const float one[2] = {1, 1}, factor[2] = {static_cast<float>(p.scores.scale), static_cast<float>(p.scores.scale)};
+  const int64_t first = w.first + warp_row;
+  bool finite = store_rows<D, T>(dv, w.b, w.h, first, p.keys, piece, p.v_depth, dv_sums, one, v, warp_row);
+  finite = store_rows<D, T>(dk, w.b, w.h, first, p.keys, piece, p.depth, dk_sums, factor, k, warp_row) && finite;
+  const bool again = __syncthreads_or(!finite);
+  if (threadIdx.x == 0) redo.mark(w.b * p.kv_heads + w.h, w.first, p.keys, w.part) = again;
+}
+
+/// Whether rows of x are pieces of 16 bytes.
+bool in_pieces(const Array& x) {
+  if (x.strides[3] != 1 || x.shape[3] % 8 != 0 || reinterpret_cast<uintptr_t>(x.data) % 16 != 0) return false;
+  for (int axis = 0; axis < 3; ++axis)
+    if (x.shape[axis] > 1 && x.strides[axis] % 8 != 0) return false;
+  return true;
+}
+
+/// Calls `body` with D and how many rows of the other side a tile has, forward and backward.
+template <class Body>
+void dispatch(const AttentionProblem& p, Body&& body) {
+  const int depth = std::max(p.depth, p.v_depth);
+  if (depth <= 32) return body(std::integral_constant<int, 32>(), std::integral_constant<int, 64>());
+  if (depth <= 64) return body(std::integral_constant<int, 64>(), std::integral_constant<int, 64>());
+  if (depth <= 128) return body(std::integral_constant<int, 128>(), std::integral_constant<int, 32>());
+  body(std::integral_constant<int, 256>(), std::integral_constant<int, 32>());
+}
+
+int64_t tiles_of(int64_t n) { return (n + rows - 1) / rows; }
+
+/// A block for each tile (or part of one), with tiles of `shared_rows` rows of D features in shared memory.
+Grid grid(int64_t blocks, int shared_rows, int depth, int more_bytes = 0) {
+  return {blocks, threads, shared_rows * depth * 2 + more_bytes};
+}
+
+}  // namespace
+
+bool fits_mma(std::initializer_list<Array> arrays) {
+  return std::all_of(arrays.begin(), arrays.end(),
+                     [](const Array& x) { return x.dtype == DType::bf16 && x.shape[3] <= 256 && in_pieces(x); });
+}
+
+void attention_mma(const AttentionProblem& p, const Array& out, const Array& log_sum_exp) {
+  const Marks marks(p.batch * p.q_heads, p.queries, rows);
+  dispatch(p, [&]<int D, int N>(std::integral_constant<int, D>, std::integral_constant<int, N>) {
+    constexpr int columns = D <= 128 ? 64 : N;
+    launch("attention", attention_forward_mma<D, columns>,
+           grid(p.batch * p.q_heads * tiles_of(p.queries), rows + 2 * columns, D), p, Heads(out),
+           log_sum_exp.as<float>(), marks.redo());
+  });
+  attention_general(p, out, log_sum_exp, marks.redo());
+}
+
+void attention_backward_mma(const AttentionProblem& p, const Array& dout, const Array& log_sum_exp, const Array& delta,
+                            const Array& dq, const Array& dk, const Array& dv) {
+  constexpr int most_pieces = 16;  // of dk and dv each, in registers
+  const int parts = std::max(p.depth, p.v_depth) > 8 * most_pieces ? 2 : 1;
+  const Marks query_marks(p.batch * p.q_heads, p.queries, rows), key_marks(p.batch * p.kv_heads, p.keys, rows, parts);
+  dispatch(p, [&]<int D, int N>(std::integral_constant<int, D>, std::integral_constant<int, N>) {
+    launch("attention_dq", attention_dq_mma<D, N>, grid(p.batch * p.q_heads * tiles_of(p.queries), 2 * rows + 2 * N, D),
+           p, Heads(dout), log_sum_exp.as<const float>(), delta.as<const float>(), Heads(dq), query_marks.redo());
+    launch("attention_dkv", attention_dkv_mma<D, N, std::min(D / 8, most_pieces)>,
+           grid(p.batch * p.kv_heads * tiles_of(p.keys) * parts, 2 * rows + 2 * N, D, 2 * N * 4), p, Heads(dout),
+           log_sum_exp.as<const float>(), delta.as<const float>(), Heads(dk), Heads(dv), key_marks.redo());
+  });
+  attention_backward_general(p, dout, log_sum_exp, delta, dq, dk, dv, query_marks.redo(), key_marks.redo());
+}
+
+}  // namespace knock::cuda
