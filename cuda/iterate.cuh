@@ -43,8 +43,19 @@ struct Walk {
   int64_t strides[max_rank][K];
 
   Walk() = default;
-  explicit Walk(const std::array<const Array*, K>& arrays) {
-    const LoopNest<K> nest = merge_axes<K>(arrays);
+  /// In the memory order of the first array.
+  explicit Walk(const std::array<const Array*, K>& arrays) : Walk(merge_axes<K>(arrays), 0) {}
+  /// In row-major order.
+  static Walk row_major(const std::array<const Array*, K>& arrays) {
+    const Array order{nullptr, DType::u8, arrays[0]->shape, contiguous_strides(arrays[0]->shape)};
+    std::array<const Array*, K + 1> all{&order};
+    std::copy(arrays.begin(), arrays.end(), all.begin() + 1);
+    return Walk(merge_axes<K + 1>(all), 1);
+  }
+
+  /// Of the arrays from the `first` one of the nest on.
+  template <std::size_t Arrays>
+  Walk(const LoopNest<Arrays>& nest, std::size_t first) {
     n = nest.shape.numel();
     rank = static_cast<int>(nest.shape.rank());
     wide = n > std::numeric_limits<int32_t>::max();
@@ -52,7 +63,7 @@ struct Walk {
       const int64_t from = rank - 1 - axis;
       extents[axis] = nest.shape[from];
       if (!wide && n > 0) dividers[axis] = Divider(static_cast<uint32_t>(nest.shape[from]));
-      for (std::size_t k = 0; k < K; ++k) strides[axis][k] = nest.strides[k][from];
+      for (std::size_t k = 0; k < K; ++k) strides[axis][k] = nest.strides[first + k][from];
     }
   }
 

@@ -252,7 +252,8 @@ struct Place {
 
 template <class C, bool largest>
 __device__ Place<C, largest> exchange(const Place<C, largest>& place, int step) {
-  return {exchange(place.value, step), static_cast<int64_t>(exchange(static_cast<long long>(place.index), step))};
+  return {cuda::exchange(place.value, step),
+          static_cast<int64_t>(cuda::exchange(static_cast<long long>(place.index), step))};
 }
 
 /// One team for each result: the first extremum of n elements, `step` apart.

@@ -3,9 +3,8 @@
 // Many rows, or neighbouring ones, are walked by one thread each; few long rows are scanned by a block each, in tiles
 // that hand their total on.
 
-#include "iterate.cuh"
 #include "kernels.hpp"
-#include "team.cuh"
+#include "rows.cuh"
 
 namespace knock::cuda {
 namespace {
@@ -16,34 +15,12 @@ struct Running {
   __device__ Acc operator()(Acc a, Acc b) const { return product ? a * b : a + b; }
 };
 
-/// The rows of K arrays: offsets of each row's first element, and the distance to its next ones.
-template <int K>
-struct RowsAlong {
-  Walk<K> rows;
-  int64_t n;
-  int64_t step[K];
-
-  explicit RowsAlong(const std::array<const Array*, K>& arrays) : n(arrays[0]->shape.back()) {
-    std::array<Array, K> first;
-    std::array<const Array*, K> pointers;
-    for (std::size_t k = 0; k < K; ++k) {
-      first[k] = *arrays[k];
-      step[k] = first[k].strides.back();
-      first[k].shape.erase(first[k].rank() - 1);
-      first[k].strides.erase(first[k].strides.rank() - 1);
-      pointers[k] = &first[k];
-    }
-    rows = Walk<K>(pointers);
-  }
-};
-
 /// One thread for each row.
 template <class Acc, bool product, class T, class Out>
-__global__ void __launch_bounds__(team_threads)
-    scan_threads(const __grid_constant__ RowsAlong<2> a, const T* x, Out* out) {
-  for (int64_t row = thread_in_grid(); row < a.rows.n; row += threads_in_grid()) {
+__global__ void __launch_bounds__(team_threads) scan_threads(const __grid_constant__ Rows<2> a, const T* x, Out* out) {
+  for (int64_t row = thread_in_grid(); row < a.walk.n; row += threads_in_grid()) {
     int64_t at[2];
-    a.rows.offsets(row, at);
+    a.walk.offsets(row, at);
     Acc running = Running<Acc, product>::start();
     for (int64_t i = 0; i < a.n; ++i) {
       running = Running<Acc, product>{}(running, convert<Acc>(x[at[1] + i * a.step[1]]));
@@ -66,15 +43,14 @@ __device__ Acc scan_warp(Acc value, Join join) {
 
 /// One block for each row, a tile of an element a thread at a time.
 template <class Acc, bool product, class T, class Out>
-__global__ void __launch_bounds__(team_threads)
-    scan_blocks(const __grid_constant__ RowsAlong<2> a, const T* x, Out* out) {
+__global__ void __launch_bounds__(team_threads) scan_blocks(const __grid_constant__ Rows<2> a, const T* x, Out* out) {
   using Join = Running<Acc, product>;
   constexpr int warps = team_threads / warp_size;
   __shared__ Acc of_warp[warps];
   const int thread = static_cast<int>(threadIdx.x), warp = thread / warp_size;
-  for (int64_t row = blockIdx.x; row < a.rows.n; row += gridDim.x) {
+  for (int64_t row = blockIdx.x; row < a.walk.n; row += gridDim.x) {
     int64_t at[2];
-    a.rows.offsets(row, at);
+    a.walk.offsets(row, at);
     Acc before = Join::start();  // of all tiles so far
     for (int64_t tile = 0; tile < a.n; tile += team_threads) {
       const int64_t i = tile + thread;
@@ -96,13 +72,13 @@ __global__ void __launch_bounds__(team_threads)
 
 template <class Acc, bool product, class T, class Out>
 void scan_with(const Array& x, const Array& out) {
-  const RowsAlong<2> rows({&out, &x});
+  const Rows<2> rows({out, x});
   constexpr int64_t many = 8192;
-  const bool side_by_side = rows.rows.strides[0][1] == 1 && rows.rows.n > 1;
-  if (side_by_side || rows.rows.n >= many || rows.n <= 2 * warp_size) {
-    launch("scan", scan_threads<Acc, product, T, Out>, grid_for(rows.rows.n), rows, x.as<const T>(), out.as<Out>());
+  const bool side_by_side = rows.walk.strides[0][1] == 1 && rows.walk.n > 1;
+  if (side_by_side || rows.walk.n >= many || rows.n <= 2 * warp_size) {
+    launch("scan", scan_threads<Acc, product, T, Out>, grid_for(rows.walk.n), rows, x.as<const T>(), out.as<Out>());
   } else {
-    launch("scan", scan_blocks<Acc, product, T, Out>, grid_of_blocks(rows.rows.n, team_threads), rows, x.as<const T>(),
+    launch("scan", scan_blocks<Acc, product, T, Out>, grid_of_blocks(rows.walk.n, team_threads), rows, x.as<const T>(),
            out.as<Out>());
   }
 }
@@ -110,10 +86,10 @@ void scan_with(const Array& x, const Array& out) {
 /// One thread for each row: y = a y + b.
 template <class T>
 __global__ void __launch_bounds__(team_threads)
-    recurrence_threads(const __grid_constant__ RowsAlong<3> r, const T* a, const T* b, T* out) {
-  for (int64_t row = thread_in_grid(); row < r.rows.n; row += threads_in_grid()) {
+    recurrence_threads(const __grid_constant__ Rows<3> r, const T* a, const T* b, T* out) {
+  for (int64_t row = thread_in_grid(); row < r.walk.n; row += threads_in_grid()) {
     int64_t at[3];
-    r.rows.offsets(row, at);
+    r.walk.offsets(row, at);
     double y = 0;
     for (int64_t i = 0; i < r.n; ++i) {
       y = convert<double>(a[at[1] + i * r.step[1]]) * y + convert<double>(b[at[2] + i * r.step[2]]);
@@ -135,9 +111,9 @@ void scan(Scan op, const Array& x, const Array& out) {
 
 void recurrence(const Array& a, const Array& b, const Array& out) {
   if (out.numel() == 0) return;
-  const RowsAlong<3> rows({&out, &a, &b});
+  const Rows<3> rows({out, a, b});
   dispatch_float(out.dtype, "recurrence", [&]<class T>(Type<T>) {
-    launch("recurrence", recurrence_threads<T>, grid_for(rows.rows.n), rows, a.as<const T>(), b.as<const T>(),
+    launch("recurrence", recurrence_threads<T>, grid_for(rows.walk.n), rows, a.as<const T>(), b.as<const T>(),
            out.as<T>());
   });
 }

@@ -71,16 +71,16 @@ struct Team {
   }
 };
 
-/// Threads of a block of teams, and of the team that a row of n elements gets: see with_team.
-inline constexpr int team_threads = 256;
+/// Threads of a block that is one team; of a block of warps; and the longest row that a warp takes.
+inline constexpr int team_threads = 256, warp_team_threads = 128;
 inline constexpr int64_t longest_warp_row = 1024;
 
 /// Calls `body(Team<size>{}, grid)` with the size for rows of n elements and a grid for `rows` of them.
 template <class Body>
 void with_team(int64_t rows, int64_t n, Body&& body) {
   if (n <= longest_warp_row) {
-    constexpr int64_t teams = team_threads / warp_size;
-    body(Team<warp_size>{}, grid_of_blocks((rows + teams - 1) / teams, team_threads));
+    constexpr int64_t teams = warp_team_threads / warp_size;
+    body(Team<warp_size>{}, grid_of_blocks((rows + teams - 1) / teams, warp_team_threads));
   } else {
     body(Team<team_threads>{}, grid_of_blocks(rows, team_threads));
   }

@@ -1,0 +1,71 @@
+#pragma once
+// Sums over rows, for the gradients of weights: each team adds up its own rows, and then the teams' sums are added in
+// order. How rows are shared out depends on the shape alone: the same bits each time.
+
+#include "allocator.hpp"
+#include "rows.cuh"
+
+namespace knock::cuda {
+
+/// The parts that rows are shared out to; each is the work of one team.
+struct RowParts {
+  int64_t rows, rows_each, count;
+
+  explicit RowParts(int64_t all) : rows(all) {
+    constexpr int64_t most = 512;
+    rows_each = std::max<int64_t>((rows + most - 1) / most, 1);
+    count = (rows + rows_each - 1) / rows_each;
+  }
+};
+
+/// out[c] = sum over p of partial[p][c], n columns: 32 of them for each block, whose warps take every eighth part.
+template <class C>
+__global__ void __launch_bounds__(team_threads) add_row_parts(const C* partial, int64_t parts, int64_t n, C* out) {
+  constexpr int warps = team_threads / warp_size;
+  __shared__ C sums[warps][warp_size];
+  const int lane = static_cast<int>(threadIdx.x) % warp_size, warp = static_cast<int>(threadIdx.x) / warp_size;
+  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * warp_size; begin < n;
+       begin += static_cast<int64_t>(gridDim.x) * warp_size) {
+    const int64_t column = begin + lane;
+    C sum = 0;
+    for (int64_t p = warp; p < parts && column < n; p += warps) sum += partial[p * n + column];
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp == 0 && column < n) {
+      for (int w = 1; w < warps; ++w) sum += sums[w][lane];
+      out[column] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+/// Room for the sums of all parts, where they are wanted.
+template <class C>
+class PartialSums {
+ public:
+  PartialSums(const RowParts& parts, int64_t n, bool wanted)
+      : parts_(parts.count),
+        n_(n),
+        memory_(wanted ? parts.count * n * static_cast<int64_t>(sizeof(C)) : 0),
+        wanted_(wanted) {}
+
+  C* data() const { return wanted_ ? memory_.as<C>() : nullptr; }
+  void add_up(const char* name, C* out) const {
+    if (!wanted_) return;
+    const int64_t blocks = (n_ + warp_size - 1) / warp_size;
+    launch(name, add_row_parts<C>, grid_of_blocks(blocks, team_threads), static_cast<const C*>(data()), parts_, n_,
+           out);
+  }
+
+ private:
+  int64_t parts_, n_;
+  Scratch memory_;
+  bool wanted_;
+};
+
+template <class C>
+const C* data_or_null(const Array& array) {
+  return array.defined() ? array.as<const C>() : nullptr;
+}
+
+}  // namespace knock::cuda

@@ -1,0 +1,260 @@
+// RMS norm along the last axis, alone, behind a sum and in front of the rotation of rope.cuh, and the gradients.
+//
+// Branches are of type T, the sums that they are added to of type S: the same, or f32 beside bf16.
+
+#include "column_sums.cuh"
+#include "kernels.hpp"
+#include "rope.cuh"
+
+namespace knock::cuda {
+namespace {
+
+/// y = s r weight with r = 1 / sqrt(mean(s^2) + eps); s is x, or the sum of x and the addend, which out_sum keeps.
+template <class T, class S, int size>
+__global__ void __launch_bounds__(team_threads)
+    rms_norm_rows(const __grid_constant__ Rows<4> rows, const T* x, const S* addend, const compute_t<T>* weight,
+                  compute_t<T> eps, S* out_sum, T* out_y, compute_t<T>* out_stats, bool cached) {
+  using C = compute_t<T>;
+  const Team<size> team;
+  C* const cache = cached ? cache_of<C>(team, rows.n, 1) : nullptr;
+  for (int64_t row = team.index(); row < rows.walk.n; row += team.count()) {
+    int64_t at[4];
+    rows.walk.offsets(row, at);
+    const T* const branch = x + at[1];
+    S* const sum = out_sum ? out_sum + at[0] : nullptr;
+    C squares = 0;
+    for (int64_t i = team.lane(); i < rows.n; i += size) {
+      C value = convert<C>(branch[i * rows.step[1]]);
+      if (sum) {
+        const S rounded = convert<S>(value + convert<C>(addend[at[2] + i * rows.step[2]]));
+        sum[i * rows.step[0]] = rounded;
+        value = convert<C>(rounded);
+      }
+      if (cached) cache[i] = value;
+      squares += value * value;
+    }
+    const C rstd = 1 / std::sqrt(team.sum(squares) / static_cast<C>(rows.n) + eps);
+    for (int64_t i = team.lane(); i < rows.n; i += size) {
+      const C value = cached ? cache[i]
+                      : sum  ? convert<C>(sum[i * rows.step[0]])
+                             : convert<C>(branch[i * rows.step[1]]);
+      out_y[at[3] + i * rows.step[3]] = convert<T>(value * rstd * (weight ? weight[i] : C(1)));
+    }
+    if (team.lane() == 0) out_stats[row] = rstd;
+  }
+}
+
+// With h = x rstd and g = dy weight:  dx = rstd (g - h mean(g h)) + addend,  dweight = sum of dy h over the rows. Each
+// team adds up the rows of its part, each thread the columns it holds.
+template <class T, class S, int size>
+__global__ void __launch_bounds__(team_threads)
+    rms_norm_backward_rows(const __grid_constant__ Rows<5> rows, RowParts parts, const S* x, const compute_t<T>* weight,
+                           const compute_t<T>* stats, const T* dy, const S* addend, S* out_dx, T* out_dx_narrow,
+                           compute_t<T>* part_dweight, bool cached) {
+  using C = compute_t<T>;
+  const Team<size> team;
+  const int64_t n = rows.n;
+  C* const cache = cached ? cache_of<C>(team, n, 2) : nullptr;
+  for (int64_t part = team.index(); part < parts.count; part += team.count()) {
+    C* const dweight = part_dweight ? part_dweight + part * n : nullptr;
+    for (int64_t i = team.lane(); dweight && i < n; i += size) dweight[i] = 0;
+    for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
+      int64_t at[5];
+      rows.walk.offsets(row, at);
+      const RowReader<S> in{x + at[0], rows.step[0], cache};
+      const RowReader<T> upstream{dy + at[1], rows.step[1], cached ? cache + n : nullptr};
+      const C rstd = stats[row];
+      C dot = 0;
+      for (int64_t i = team.lane(); i < n; i += size) {
+        const C value = in.fetch(i), up = upstream.fetch(i);
+        dot += up * (weight ? weight[i] : C(1)) * value;
+        if (dweight) dweight[i] += up * (value * rstd);
+      }
+      const C slope = team.sum(dot) * (rstd * rstd * rstd) / static_cast<C>(n);
+      for (int64_t i = team.lane(); i < n; i += size) {
+        C dx = upstream[i] * (weight ? weight[i] : C(1)) * rstd - in[i] * slope;
+        if (addend) dx += convert<C>(addend[at[2] + i * rows.step[2]]);
+        const S rounded = convert<S>(dx);
+        if (out_dx) out_dx[at[3] + i * rows.step[3]] = rounded;
+        if (out_dx_narrow) out_dx_narrow[at[4] + i * rows.step[4]] = convert<T>(rounded);
+      }
+    }
+  }
+}
+
+/// Calls `body` with the type of a branch and that of the sums it is added to.
+template <class Body>
+void dispatch_sum(DType branch, DType sum, Body&& body) {
+  dispatch_float(branch, "rms_norm", [&]<class T>(Type<T> type) {
+    if (branch == sum) return body(type, type);
+    if constexpr (std::is_same_v<T, bf16>) body(type, Type<float>{});
+  });
+}
+
+template <class T>
+T* out_or_null(const Array& array) {
+  return array.defined() ? array.as<T>() : nullptr;
+}
+
+}  // namespace
+
+void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
+              const Array& out_y, const Array& out_stats) {
+  const bool adds = addend.defined();
+  const Array& normed = adds ? out_sum : x;
+  const Rows<4> rows({normed, x, adds ? addend : x, out_y});
+  dispatch_sum(x.dtype, normed.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
+    using C = compute_t<T>;
+    with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
+      grid = with_cache<C, size>(grid, rows.n, 1);
+      launch("rms_norm", rms_norm_rows<T, S, size>, grid, rows, x.as<const T>(), adds ? addend.as<const S>() : nullptr,
+             data_or_null<C>(weight), static_cast<C>(eps), adds ? out_sum.as<S>() : nullptr, out_y.as<T>(),
+             out_stats.as<C>(), grid.shared_bytes > 0);
+    });
+  });
+}
+
+void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
+                       const Array& out_dx, const Array& out_dx_narrow, const Array& out_dweight) {
+  const auto or_x = [&](const Array& array) { return array.defined() ? array : x; };
+  const Rows<5> rows({x, dy, or_x(addend), or_x(out_dx), or_x(out_dx_narrow)});
+  const RowParts parts(rows.count());
+  dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
+    using C = compute_t<T>;
+    const PartialSums<C> dweight(parts, rows.n, out_dweight.defined());
+    with_team(parts.count, rows.n, [&]<int size>(Team<size>, Grid grid) {
+      grid = with_cache<C, size>(grid, rows.n, 2);
+      launch("rms_norm_backward", rms_norm_backward_rows<T, S, size>, grid, rows, parts, x.as<const S>(),
+             data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(), out_or_null<const S>(addend),
+             out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.data(), grid.shared_bytes > 0);
+    });
+    dweight.add_up("rms_norm_backward", out_or_null<C>(out_dweight));
+  });
+}
+
+// In front of the rotation
+// --------------------------------------------------------------------------------------------------------------------
+// A thread holds pairs of features, so that it rotates what it holds.
+
+namespace {
+
+template <class C>
+struct Rotation {
+  const C *cosines, *sines;
+  bool interleaved;
+};
+
+template <class T, int size>
+__global__ void __launch_bounds__(team_threads)
+    norm_rope_rows(const __grid_constant__ Rows<3> rows, Rotation<compute_t<T>> rotation, const T* x,
+                   const compute_t<T>* weight, compute_t<T> eps, T* out_y, compute_t<T>* out_stats) {
+  using C = compute_t<T>;
+  const Team<size> team;
+  const int64_t half = rows.n / 2;
+  for (int64_t row = team.index(); row < rows.walk.n; row += team.count()) {
+    int64_t at[3];
+    rows.walk.offsets(row, at);
+    const auto element = [&](int64_t i) { return convert<C>(x[at[0] + i * rows.step[0]]); };
+    C squares = 0;
+    for (int64_t i = team.lane(); i < rows.n; i += size) squares += element(i) * element(i);
+    const C rstd = 1 / std::sqrt(team.sum(squares) / static_cast<C>(rows.n) + eps);
+    for (int64_t pair = team.lane(); pair < half; pair += size) {
+      const Pair features(pair, half, rotation.interleaved);
+      const auto scaled = [&](int64_t i) { return element(i) * rstd * (weight ? weight[i] : C(1)); };
+      C a = scaled(features.first), b = scaled(features.second);
+      rotate(a, b, rotation.cosines[at[2] + pair], rotation.sines[at[2] + pair]);
+      out_y[at[1] + features.first * rows.step[1]] = convert<T>(a);
+      out_y[at[1] + features.second * rows.step[1]] = convert<T>(b);
+    }
+    if (team.lane() == 0) out_stats[row] = rstd;
+  }
+}
+
+/// As rms_norm_backward_rows behind the rotation backwards of dy; the table holds the opposite angles.
+template <class T, int size>
+__global__ void __launch_bounds__(team_threads)
+    norm_rope_backward_rows(const __grid_constant__ Rows<4> rows, RowParts parts, Rotation<compute_t<T>> rotation,
+                            const T* x, const compute_t<T>* weight, const compute_t<T>* stats, const T* dy, T* out_dx,
+                            compute_t<T>* part_dweight) {
+  using C = compute_t<T>;
+  const Team<size> team;
+  const int64_t n = rows.n, half = n / 2;
+  for (int64_t part = team.index(); part < parts.count; part += team.count()) {
+    C* const dweight = part_dweight ? part_dweight + part * n : nullptr;
+    for (int64_t pair = team.lane(); dweight && pair < half; pair += size) {
+      const Pair features(pair, half, rotation.interleaved);
+      dweight[features.first] = dweight[features.second] = 0;
+    }
+    for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
+      int64_t at[4];
+      rows.walk.offsets(row, at);
+      const auto element = [&](int64_t i) { return convert<C>(x[at[0] + i * rows.step[0]]); };
+      const auto upstream = [&](int64_t pair, const Pair& features, C& a, C& b) {
+        a = convert<C>(dy[at[1] + features.first * rows.step[1]]);
+        b = convert<C>(dy[at[1] + features.second * rows.step[1]]);
+        rotate(a, b, rotation.cosines[at[3] + pair], rotation.sines[at[3] + pair]);
+      };
+      const C rstd = stats[row];
+      C dot = 0;
+      for (int64_t pair = team.lane(); pair < half; pair += size) {
+        const Pair features(pair, half, rotation.interleaved);
+        C a, b;
+        upstream(pair, features, a, b);
+        const C first = element(features.first), second = element(features.second);
+        if (dweight) {
+          dweight[features.first] += a * (first * rstd);
+          dweight[features.second] += b * (second * rstd);
+        }
+        dot += a * (weight ? weight[features.first] : C(1)) * first;
+        dot += b * (weight ? weight[features.second] : C(1)) * second;
+      }
+      const C slope = team.sum(dot) * (rstd * rstd * rstd) / static_cast<C>(n);
+      for (int64_t pair = team.lane(); out_dx && pair < half; pair += size) {
+        const Pair features(pair, half, rotation.interleaved);
+        C a, b;
+        upstream(pair, features, a, b);
+        const auto write = [&](int64_t i, C up) {
+          const C dx = up * (weight ? weight[i] : C(1)) * rstd - element(i) * slope;
+          out_dx[at[2] + i * rows.step[2]] = convert<T>(dx);
+        };
+        write(features.first, a);
+        write(features.second, b);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta, bool interleaved,
+               const Array& out_y, const Array& out_stats) {
+  if (x.numel() == 0) return;
+  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const RopeTable<C> table(x, positions, theta, false);
+    const Rows<3> rows({x, out_y, table.rows()});
+    with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
+      launch("norm_rope", norm_rope_rows<T, size>, grid, rows, Rotation<C>{table.cosines(), table.sines(), interleaved},
+             x.as<const T>(), data_or_null<C>(weight), static_cast<C>(eps), out_y.as<T>(), out_stats.as<C>());
+    });
+  });
+}
+
+void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions, double theta,
+                        bool interleaved, const Array& dy, const Array& out_dx, const Array& out_dweight) {
+  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const RopeTable<C> table(x, positions, theta, true);
+    const Rows<4> rows({x, dy, out_dx.defined() ? out_dx : x, table.rows()});
+    const RowParts parts(rows.count());
+    const PartialSums<C> dweight(parts, rows.n, out_dweight.defined());
+    with_team(parts.count, rows.n, [&]<int size>(Team<size>, Grid grid) {
+      launch("norm_rope_backward", norm_rope_backward_rows<T, size>, grid, rows, parts,
+             Rotation<C>{table.cosines(), table.sines(), interleaved}, x.as<const T>(), data_or_null<C>(weight),
+             stats.as<const C>(), dy.as<const T>(), out_or_null<T>(out_dx), dweight.data());
+    });
+    dweight.add_up("norm_rope_backward", out_or_null<C>(out_dweight));
+  });
+}
+
+}  // namespace knock::cuda
