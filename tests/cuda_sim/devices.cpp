@@ -154,6 +154,7 @@ void report_leaks() {
   report_count(live_streams(), "streams were never destroyed");
   report_count(live_events(), "events were never destroyed");
   report_count(live_graphs(), "graphs were never destroyed");
+  report_count(live_cublas_objects(), "objects of cublasLt were never destroyed");
 }
 
 }  // namespace cuda_sim

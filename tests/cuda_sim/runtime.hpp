@@ -111,6 +111,7 @@ std::vector<const Allocation*> live_allocations();
 std::size_t live_streams();
 std::size_t live_events();
 std::size_t live_graphs();
+std::size_t live_cublas_objects();
 void report_leaks();
 
 }  // namespace cuda_sim
