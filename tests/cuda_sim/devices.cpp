@@ -132,11 +132,8 @@ bool attribute_of(const cudaDeviceProp& of, cudaDeviceAttr attribute, int& value
 }  // namespace
 
 int device_count() {
-  static const int count = [] {
-    const char* value = std::getenv("KNOCK_CUDA_SIM_DEVICES");
-    return value == nullptr ? 1 : std::clamp(std::atoi(value), 0, max_devices);
-  }();
-  return count;
+  const char* value = std::getenv("KNOCK_CUDA_SIM_DEVICES");
+  return value == nullptr ? 1 : std::clamp(std::atoi(value), 0, max_devices);
 }
 
 int current_device() { return selected_device; }

@@ -79,6 +79,7 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
   auto& counters = counters_of(kernel.shown);
   try {
     execute(*kernel.function, *kernel.binary->module, launch, counters);
+    if (was_out_of_bounds()) set_sticky_error(cudaErrorIllegalAddress);
   } catch (const Fault& fault) {
     std::string what = fault.what();
     if (what.starts_with(kernel.name)) what.replace(0, kernel.name.size(), kernel.shown);
@@ -192,6 +193,12 @@ cudaError_t CUDARTAPI cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks,
     *blocks = static_cast<int>(std::min({most_blocks, by_warps, shared_bytes_of_processor / shared}));
     return cudaSuccess;
   });
+}
+
+cudaError_t CUDARTAPI cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, const void* host_function,
+                                                                             int threads, size_t dynamic_shared_bytes,
+                                                                             unsigned) {
+  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, host_function, threads, dynamic_shared_bytes);
 }
 
 }  // extern "C"

@@ -20,29 +20,30 @@ constexpr int max_devices = 8;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-std::size_t capacity_of_environment() {
-  const char* mebibytes = std::getenv("KNOCK_CUDA_SIM_MEMORY");
-  return (mebibytes != nullptr ? std::strtoull(mebibytes, nullptr, 10) : 4096) << 20;
-}
-
 struct Arena {
   char* start = nullptr;
   char* top = nullptr;
   std::map<const char*, Allocation> live, freed;
   uint64_t allocations = 0;
   std::array<MemoryUse, max_devices> use;
+  std::size_t capacity = 0;  // of each device; 0: as the environment says
 
   Arena() {
     void* range = mmap(nullptr, 2 * address_span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (range == MAP_FAILED) fatal("cannot reserve addresses for device memory");
     start = top = static_cast<char*>(range);
-    for (auto& device : use) device.capacity = capacity_of_environment();
   }
 };
 
 Arena& arena() {
   static auto* all = new Arena;
   return *all;
+}
+
+std::size_t capacity() {
+  if (arena().capacity > 0) return arena().capacity;
+  const char* mebibytes = std::getenv("KNOCK_CUDA_SIM_MEMORY");
+  return (mebibytes != nullptr ? std::strtoull(mebibytes, nullptr, 10) : 4096) << 20;
 }
 
 const Allocation* holder(const std::map<const char*, Allocation>& ranges, const char* address) {
@@ -90,7 +91,8 @@ std::string text_of(const Allocation& range) {
 void* allocate(std::size_t bytes, int device) {
   watch_faults();
   auto& use = arena().use.at(static_cast<std::size_t>(device));
-  if (bytes > use.capacity - std::min(use.used, use.capacity)) return nullptr;
+  const auto most = capacity();
+  if (bytes > most - std::min(use.used, most)) return nullptr;
   auto* range = add(bytes);
   if (range == nullptr) return nullptr;
   range->device = device;
@@ -150,11 +152,13 @@ std::string describe_address(const void* address) {
   return std::to_string(past - before->second.bytes) + " bytes past the end of " + text_of(before->second);
 }
 
-MemoryUse memory_use(int device) { return arena().use.at(static_cast<std::size_t>(device)); }
-
-void set_memory_capacity(std::size_t bytes) {
-  for (auto& device : arena().use) device.capacity = bytes;
+MemoryUse memory_use(int device) {
+  auto use = arena().use.at(static_cast<std::size_t>(device));
+  use.capacity = capacity();
+  return use;
 }
+
+void set_memory_capacity(std::size_t bytes) { arena().capacity = bytes; }
 
 std::vector<const Allocation*> live_allocations() {
   std::vector<const Allocation*> ranges;

@@ -46,7 +46,7 @@ struct MemoryUse {
   uint64_t allocations = 0;                      ///< made so far
 };
 MemoryUse memory_use(int device = 0);
-/// Sets the capacity of each device (else KNOCK_CUDA_SIM_MEMORY in MiB, or 4 GiB).
+/// Sets the capacity of each device; 0: KNOCK_CUDA_SIM_MEMORY in MiB, or 4 GiB.
 void set_memory_capacity(std::size_t bytes);
 
 }  // namespace cuda_sim

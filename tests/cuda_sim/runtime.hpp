@@ -86,6 +86,7 @@ struct Operation {
   std::string name;
   std::function<void()> run;
   HostUse host{};
+  bool on_host = false;  ///< a function of the program: it may touch pinned memory that earlier work used
 };
 
 struct Stream;

@@ -131,6 +131,7 @@ struct State {
   std::array<Lookup, 1024> lookups;
   std::vector<Page> shared;
   std::set<Shadow*> shadows;
+  bool out_of_bounds = false;                              // in this kernel
   std::set<std::tuple<int, uint32_t, uint32_t>> reported;  // in this kernel: what, the instruction, the other one
 };
 
@@ -486,6 +487,7 @@ inline void check_written(Shadow& shadow, const Subject& subject, uint32_t bytes
 }
 
 [[gnu::cold, gnu::noinline]] void report_bounds(const WarpAccess& access, uint64_t address, const Present& present) {
+  state().out_of_bounds = true;
   if (!first_time(out_of_bounds, access.line, 0)) return;
   report(kernel_prefix() + line_text(access.line) + ": " + verb(access.access) + " of " + std::to_string(access.bytes) +
          " bytes out of bounds: " + describe_address(reinterpret_cast<const void*>(address)) + ", by " +
@@ -730,10 +732,13 @@ void begin_work(const WorkOrder& order) {
   all.block = 0;
   all.order = order;
   all.reported.clear();
+  all.out_of_bounds = false;
   drop_known(order);
   all.settled = first_unordered(order);
   all.begun.push_back({all.now, order.stream, order.position, order.name});
 }
+
+bool was_out_of_bounds() { return state().out_of_bounds; }
 
 void begin_block(uint32_t block) {
   auto& all = state();

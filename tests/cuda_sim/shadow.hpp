@@ -66,6 +66,8 @@ struct WorkOrder {
 };
 /// `before` must stay until the next work begins.
 void begin_work(const WorkOrder& order);
+/// Whether the present kernel accessed what check_global refused.
+bool was_out_of_bounds();
 
 /// A copy, a fill or a library's kernel writes device memory, or reads it; `reader` is for the finding that some of it
 /// was never written.

@@ -24,11 +24,8 @@ Streams& streams() {
 }
 
 bool runs_at_once() {
-  static const bool eager = [] {
-    const char* value = std::getenv("KNOCK_CUDA_SIM_EAGER");
-    return value != nullptr && std::string(value) != "0";
-  }();
-  return eager;
+  const char* value = std::getenv("KNOCK_CUDA_SIM_EAGER");
+  return value != nullptr && std::string(value) != "0";
 }
 
 Stream& add_stream(int device, bool blocking, int priority) {
@@ -173,6 +170,7 @@ void run_next(Stream& stream) {
                 .known_streams = static_cast<uint32_t>(known.size()),
                 .alone = is_alone(stream),
                 .name = work.operation.name});
+    if (work.operation.on_host) unprotect(work.before);
     work.operation.run();
   }
   stream.completed = work.position;
@@ -324,11 +322,12 @@ cudaError_t CUDARTAPI cudaDeviceGetStreamPriorityRange(int* lowest, int* highest
 cudaError_t CUDARTAPI cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void* data) {
   return api([&] {
     if (function == nullptr) return cudaErrorInvalidValue;
-    return submit(handle, {"cudaLaunchHostFunc", [=] {
-                             streams().in_host_function = true;
-                             function(data);
-                             streams().in_host_function = false;
-                           }});
+    const auto call = [=] {
+      streams().in_host_function = true;
+      function(data);
+      streams().in_host_function = false;
+    };
+    return submit(handle, {.name = "cudaLaunchHostFunc", .run = call, .host = {}, .on_host = true});
   });
 }
 
