@@ -89,10 +89,10 @@ void shuffle_all(Warp& warp, const Instruction& in) {
   } else if constexpr (mode == index) {
     for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[by];
   } else if constexpr (mode == down) {
-    for (uint32_t l = 0; l + by < warp_size; ++l) d[l] = values[l + by];
+    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[l + by < warp_size ? l + by : l];
     inside = all_lanes >> by;
   } else {
-    for (uint32_t l = by; l < warp_size; ++l) d[l] = values[l - by];
+    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[l >= by ? l - by : l];
     inside = all_lanes << by;
   }
   set_predicate(warp, in.slots[1], inside);

@@ -11,6 +11,7 @@
 #include "memory.hpp"
 #include "ptx.hpp"
 #include "statement.hpp"
+#include "warp.hpp"
 
 namespace cuda_sim {
 namespace {
@@ -746,6 +747,7 @@ class Parser final : public FunctionBuilder {
     } catch (const Unsupported& error) {
       origin.unsupported = error.what();
       statement.instruction = {};
+      statement.instruction.run = unsupported_instruction;
     }
     statement.instruction.guard = guard.guard;
     statement.instruction.guard_negated = guard.guard_negated;
