@@ -11,6 +11,8 @@ namespace {
 
 constexpr std::size_t wanted_workspace = 64 << 10;
 
+struct Handle {};
+
 struct Preference {
   uint64_t most_workspace = 0;
   std::array<uint32_t, 4> alignment{256, 256, 256, 256};  // that A, B, C and D will have
@@ -23,6 +25,8 @@ struct Algorithm {
 };
 constexpr uint64_t algorithm_magic = 0x6b6e6f636b2d6c74;
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
+
+std::size_t live_handles = 0;
 
 std::set<const void*>& objects() {
   static auto* all = new std::set<const void*>;
@@ -205,11 +209,10 @@ cublasStatus_t submit_matmul(const Matmul& matmul, const Algorithm* algorithm, v
   return noted(error) == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }
 
-struct Handle {};
-
 }  // namespace
 
-std::size_t live_cublas_objects() { return objects().size(); }
+// Handles do not count: programs keep them to the end, as the library may be gone by then.
+std::size_t live_cublas_objects() { return objects().size() - live_handles; }
 
 }  // namespace cuda_sim
 
@@ -219,10 +222,16 @@ extern "C" {
 
 cublasStatus_t CUBLASWINAPI cublasLtCreate(cublasLtHandle_t* handle) {
   if (device_count() == 0) return CUBLAS_STATUS_NOT_INITIALIZED;
-  return create(handle, Handle{});
+  const auto status = create(handle, Handle{});
+  if (status == CUBLAS_STATUS_SUCCESS) ++live_handles;
+  return status;
 }
 
-cublasStatus_t CUBLASWINAPI cublasLtDestroy(cublasLtHandle_t handle) { return destroy<Handle>(handle); }
+cublasStatus_t CUBLASWINAPI cublasLtDestroy(cublasLtHandle_t handle) {
+  const auto status = destroy<Handle>(handle);
+  if (status == CUBLAS_STATUS_SUCCESS) --live_handles;
+  return status;
+}
 
 size_t CUBLASWINAPI cublasLtGetVersion() { return CUBLAS_VERSION; }
 size_t CUBLASWINAPI cublasLtGetCudartVersion() { return CUDART_VERSION; }

@@ -6,9 +6,13 @@
 
 #include <doctest/doctest.h>
 
+#include <cstdlib>
+#include <string>
+
 namespace {
 
 void check_all(const std::vector<PlantedBug>& bugs) {
+  setenv("KNOCK_CUDA_SIM_LEAKS", "1", 1);
   for (const auto& bug : bugs) {
     CAPTURE(std::string(bug.name));
     const auto wrong = run_in_child(bug.wrong);
@@ -19,6 +23,7 @@ void check_all(const std::vector<PlantedBug>& bugs) {
     CHECK(right.exit_code == 0);
     CHECK(right.findings == "");
   }
+  unsetenv("KNOCK_CUDA_SIM_LEAKS");
 }
 
 }  // namespace
