@@ -1,0 +1,307 @@
+// Routed experts: slots sorted by expert once, then products over each expert's rows (grouped_gemm.cuh). What is added
+// up for a token is read from its slots' places in their order: no atomics, the same bits each time. Nothing waits for
+// the device: how many rows an expert has stays there.
+
+#include "allocator.hpp"
+#include "findings.hpp"
+#include "grouped_gemm.cuh"
+#include "kernels.hpp"
+#include "team.cuh"
+
+#include <knock/core/math.hpp>
+
+namespace knock::cuda {
+namespace {
+
+// ---- Sorting: a stable counting sort in which every warp owns a run of slots.
+
+constexpr int run = 256;
+
+/// A slot's expert; -1 for one that is left out (or wrong, which count_slots notes).
+__device__ int expert_at(const int64_t* expert_of, int64_t slots, int experts, int64_t slot) {
+  const int64_t expert = slot < slots ? expert_of[slot] : -1;
+  return expert < experts ? static_cast<int>(expert) : -1;
+}
+
+/// Walks over a warp's run and counts: counters (E). `place(slot, expert, rank)` is called for every slot that goes to
+/// an expert; rank is the number of the expert's slots before it among the 32 at hand, which are not counted yet.
+template <class Place>
+__device__ void walk_run(const int64_t* expert_of, int64_t slots, int experts, int64_t first, int* counters,
+                         const Place& place) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int64_t at = first; at < first + run; at += 32) {
+    const int expert = expert_at(expert_of, slots, experts, at + lane);
+    const unsigned same = __match_any_sync(0xffffffffU, expert);
+    if (expert >= 0) place(at + lane, expert, __popc(same & ((1U << lane) - 1)));
+    __syncwarp();
+    if (expert >= 0 && __ffs(static_cast<int>(same)) - 1 == lane) counters[expert] += __popc(same);
+    __syncwarp();
+  }
+}
+
+struct SortProblem {
+  const int64_t* expert_of;
+  int64_t slots;
+  int experts;
+  int* counts;  ///< (blocks, E)
+
+  /// The first slot of this warp.
+  __device__ int64_t first() const {
+    return (static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * run;
+  }
+};
+
+/// Counts a block's slots of each expert by warp: counters (warps, E).
+__device__ void count_block(const SortProblem& p, int* counters) {
+  const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
+  for (int i = static_cast<int>(threadIdx.x); i < warps * p.experts; i += static_cast<int>(blockDim.x)) counters[i] = 0;
+  __syncthreads();
+  walk_run(p.expert_of, p.slots, p.experts, p.first(), counters + warp * p.experts, [](int64_t, int, int) {});
+  __syncthreads();
+}
+
+extern __shared__ int shared_counters[];
+
+/// counts (blocks, E)
+__global__ void count_slots(SortProblem p, Finding* outside) {
+  const int64_t first = p.first();
+  for (int64_t slot = first + threadIdx.x % 32; slot < min(first + run, p.slots); slot += 32)
+    if (p.expert_of[slot] < -1 || p.expert_of[slot] >= p.experts) atomicMin(outside, static_cast<Finding>(slot));
+  count_block(p, shared_counters);
+  for (int e = static_cast<int>(threadIdx.x); e < p.experts; e += static_cast<int>(blockDim.x)) {
+    int sum = 0;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += shared_counters[warp * p.experts + e];
+    p.counts[static_cast<int64_t>(blockIdx.x) * p.experts + e] = sum;
+  }
+}
+
+/// counts (blocks, E) become places, and offsets (E + 1) where experts begin. One block.
+__global__ void place_experts(int* counts, int blocks, int experts, int64_t* offsets) {
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
+    int64_t sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += counts[b * experts + e];
+    offsets[e + 1] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    offsets[0] = 0;
+    for (int e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
+  }
+  __syncthreads();
+  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
+    int at = static_cast<int>(offsets[e]);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int count = counts[b * experts + e];
+      counts[b * experts + e] = at;
+      at += count;
+    }
+  }
+}
+
+/// order[place] = slot
+__global__ void place_slots(SortProblem p, int64_t* order) {
+  count_block(p, shared_counters);
+  for (int e = static_cast<int>(threadIdx.x); e < p.experts; e += static_cast<int>(blockDim.x)) {
+    int at = p.counts[static_cast<int64_t>(blockIdx.x) * p.experts + e];
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+      const int count = shared_counters[warp * p.experts + e];
+      shared_counters[warp * p.experts + e] = at;
+      at += count;
+    }
+  }
+  __syncthreads();
+  int* const places = shared_counters + static_cast<int>(threadIdx.x) / 32 * p.experts;
+  walk_run(p.expert_of, p.slots, p.experts, p.first(), places,
+           [&](int64_t slot, int expert, int rank) { order[places[expert] + rank] = slot; });
+}
+
+// ---- Between the products.
+
+/// place_of[slot] = its place among the sorted ones, -1 at first.
+__global__ void forget_places(int64_t slots, int32_t* place_of) {
+  for (int64_t i = thread_in_grid(); i < slots; i += threads_in_grid()) place_of[i] = -1;
+}
+__global__ void note_places(Experts experts, int32_t* place_of) {
+  const int64_t rows = experts.offsets[experts.count];
+  for (int64_t i = thread_in_grid(); i < rows; i += threads_in_grid())
+    place_of[experts.order[i]] = static_cast<int32_t>(i);
+}
+
+/// out (rows, F) = silu(gate) up of hidden (rows, 2F)
+template <class T>
+__global__ void activate(Experts experts, int64_t ffn, const T* hidden, T* out) {
+  using C = compute_t<T>;
+  const int64_t n = experts.offsets[experts.count] * ffn;
+  for (int64_t i = thread_in_grid(); i < n; i += threads_in_grid()) {
+    const int64_t at = i / ffn * 2 * ffn + i % ffn;
+    const C gate = static_cast<C>(hidden[at]), up = static_cast<C>(hidden[at + ffn]);
+    out[i] = gate * math::sigmoid(gate) * up;
+  }
+}
+
+/// out (N, C) = the sum over a token's slots of weight (N, k; null: 1) times the row of y (rows, C) at the slot's
+/// place.
+template <class T, class C>
+__global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* weights,
+                          const C* y, T* out) {
+  for (int64_t i = thread_in_grid(); i < tokens * n; i += threads_in_grid()) {
+    const int64_t token = i / n, col = i % n;
+    C sum = 0;
+    for (int64_t slot = token * per_token; slot < (token + 1) * per_token; ++slot) {
+      if (place_of[slot] < 0) continue;
+      const C value = y[int64_t{place_of[slot]} * n + col];
+      sum += weights ? static_cast<C>(weights[slot]) * value : value;
+    }
+    out[i] = sum;
+  }
+}
+
+/// A warp to a row. With a = silu(gate) up, s the slot's weight and da (rows, F) the gradient of the unweighted output
+/// times down:  ds = da . a,  weighted = s a,  dhidden = s da times the slopes of a.
+template <class T, class C>
+__global__ void activate_backward(Experts experts, int64_t ffn, const T* hidden, const C* da, const T* weights,
+                                  T* dhidden, T* weighted, T* dweights) {
+  const Team<warp_size> team;
+  const int64_t rows = experts.offsets[experts.count];
+  for (int64_t row = team.index(); row < rows; row += team.count()) {
+    const int64_t slot = experts.order[row];
+    const C s = static_cast<C>(weights[slot]);
+    const T* const in = hidden + row * 2 * ffn;
+    T* const out = dhidden + row * 2 * ffn;
+    C sum = 0;
+    for (int64_t f = team.lane(); f < ffn; f += warp_size) {
+      const C gate = static_cast<C>(in[f]), up = static_cast<C>(in[ffn + f]), upstream = da[row * ffn + f];
+      const C open = math::sigmoid(gate), silu = gate * open;
+      sum += upstream * (silu * up);
+      weighted[row * ffn + f] = s * (silu * up);
+      out[f] = s * upstream * up * (open * (1 + gate * (1 - open)));
+      out[ffn + f] = s * upstream * silu;
+    }
+    sum = team.join(sum, Sum());
+    if (team.lane() == 0) dweights[slot] = sum;
+  }
+}
+
+/// dweights of slots that are left out
+template <class T>
+__global__ void clear_left_out(int64_t slots, const int32_t* place_of, T* dweights) {
+  for (int64_t i = thread_in_grid(); i < slots; i += threads_in_grid())
+    if (place_of[i] < 0) dweights[i] = T(0.0F);
+}
+
+// ---- Both directions.
+
+/// Extents, and where the slots of a call lie.
+class Layer {
+ public:
+  explicit Layer(const MoeInputs& in)
+      : tokens(in.x.shape[0]),
+        features(in.x.shape[1]),
+        ffn(in.gate.shape[1]),
+        slots(in.weights.numel()),
+        experts{in.offsets.as<const int64_t>(), in.order.as<const int64_t>(), in.gate.shape[0], slots,
+                std::max<int64_t>(in.weights.shape[1], 1)},
+        place_of_(slots * static_cast<int64_t>(sizeof(int32_t))) {
+    launch("moe_forget_places", forget_places, grid_for(slots), slots, place_of());
+    launch("moe_note_places", note_places, grid_for(slots), experts, place_of());
+  }
+
+  int32_t* place_of() const { return place_of_.as<int32_t>(); }
+  /// The sum over the slots of each token; y (slots, C) in the compute type.
+  template <class T>
+  void add_up(const char* name, const Scratch& y, const T* weights, const Array& out) const {
+    using C = compute_t<T>;
+    launch(name, add_slots<T, C>, grid_for(tokens * features), tokens, experts.per_token, features,
+           static_cast<const int32_t*>(place_of()), weights, y.as<const C>(), out.as<T>());
+  }
+
+  int64_t tokens, features, ffn, slots;
+  Experts experts;
+
+ private:
+  Scratch place_of_;
+};
+
+/// Weights in the dtype of the activations: themselves, or a rounded copy.
+class WeightsLike {
+ public:
+  WeightsLike(const Array& weights, DType dtype)
+      : array(weights), copy_(weights.dtype == dtype ? 0 : weights.numel() * size_of(dtype)) {
+    if (weights.dtype == dtype) return;
+    array = {copy_.as<void>(), dtype, weights.shape, contiguous_strides(weights.shape)};
+    copy(array, weights);
+  }
+  Array array;
+
+ private:
+  Scratch copy_;
+};
+
+Array matrix(const Scratch& memory, DType dtype, int64_t rows, int64_t cols) {
+  return {memory.as<void>(), dtype, {rows, cols}, {cols, 1}};
+}
+
+}  // namespace
+
+void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets) {
+  const int64_t slots = indices.numel(), experts = out_offsets.shape[0] - 1;
+  constexpr int64_t most_bytes = 48 * 1024;
+  const int64_t bytes_a_warp = experts * static_cast<int64_t>(sizeof(int));
+  check(bytes_a_warp <= most_bytes && slots < (int64_t{1} << 31), "moe_experts", "up to ", most_bytes / 4,
+        " experts and 2^31 slots on cuda, got ", experts, " and ", slots);
+  const int64_t warps = std::clamp<int64_t>(most_bytes / std::max<int64_t>(bytes_a_warp, 1), 1, 8);
+  const int64_t blocks = (slots + warps * run - 1) / (warps * run);
+  const Scratch counts(blocks * bytes_a_warp);
+  const SortProblem p{indices.as<const int64_t>(), slots, static_cast<int>(experts), counts.as<int>()};
+  const Grid grid{blocks, static_cast<int>(warps) * 32, static_cast<int>(warps * bytes_a_warp)};
+  launch("moe_count_slots", count_slots, grid, p,
+         ask({"moe_experts", "an index is out of range for experts", experts}));
+  launch("moe_place_experts", place_experts, Grid{1, 256}, counts.as<int>(), static_cast<int>(blocks),
+         static_cast<int>(experts), out_offsets.as<int64_t>());
+  launch("moe_place_slots", place_slots, grid, p, out_order.as<int64_t>());
+}
+
+void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out) {
+  dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
+    const Layer layer(in);
+    const DType dtype = in.x.dtype, wide = compute_dtype(dtype);
+    const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
+    rows_times_experts("moe_gate_up", layer.experts, {in.x.data, dtype, layer.features, true},
+                       ExpertMatrices(gate.array, up.array), false, out_hidden);
+    const Scratch active(layer.slots * layer.ffn * size_of(dtype)), y(layer.slots * layer.features * size_of(wide));
+    launch("moe_activate", activate<T>, grid_for(layer.slots * layer.ffn), layer.experts, layer.ffn,
+           out_hidden.as<const T>(), active.as<T>());
+    rows_times_experts("moe_down", layer.experts, {active.as<void>(), dtype, layer.ffn, false},
+                       ExpertMatrices(down.array), false, matrix(y, wide, layer.slots, layer.features));
+    layer.add_up<T>("moe_add_slots", y, in.weights.as<const T>(), out);
+  });
+}
+
+void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) {
+  dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
+    using C = compute_t<T>;
+    const Layer layer(in);
+    const DType dtype = in.x.dtype, wide = compute_dtype(dtype);
+    const int64_t slots = layer.slots, ffn = layer.ffn, features = layer.features;
+    const SortedRows x{in.x.data, dtype, features, true}, upstream{dy.data, dtype, features, true};
+    const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
+    const Scratch dactive(slots * ffn * size_of(wide)), dhidden(slots * 2 * ffn * size_of(dtype)),
+        weighted(slots * ffn * size_of(dtype)), dx(slots * features * size_of(wide));
+    rows_times_experts("moe_down_backward", layer.experts, upstream, ExpertMatrices(down.array), true,
+                       matrix(dactive, wide, slots, ffn));
+    launch("moe_activate_backward", activate_backward<T, C>, grid_for(slots * warp_size), layer.experts, ffn,
+           hidden.as<const T>(), dactive.as<const C>(), in.weights.as<const T>(), dhidden.as<T>(), weighted.as<T>(),
+           out.weights.as<T>());
+    launch("moe_clear_left_out", clear_left_out<T>, grid_for(slots), slots,
+           static_cast<const int32_t*>(layer.place_of()), out.weights.as<T>());
+    rows_times_experts("moe_gate_up_backward", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false},
+                       ExpertMatrices(gate.array, up.array), true, matrix(dx, wide, slots, features));
+    layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);
+    experts_from_rows("moe_gate_up_weights", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false}, x,
+                      ExpertMatrices(out.gate, out.up));
+    experts_from_rows("moe_down_weights", layer.experts, upstream, {weighted.as<void>(), dtype, ffn, false},
+                      ExpertMatrices(out.down));
+  });
+}
+
+}  // namespace knock::cuda
