@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 #include "memory.hpp"
 
@@ -63,13 +64,34 @@ uint64_t special_value(const Machine& machine, const Warp& warp, Special what, u
   return 0;
 }
 
-void fill_special(const Warp& warp, const Frame& frame, const SpecialRegister& special) {
-  char* const slot = frame.slots + special.slot * slot_bytes;
+bool depends_on_lane(Special what) {
+  return what <= Special::tid_z || what == Special::laneid ||
+         (what >= Special::lanemask_eq && what <= Special::lanemask_gt);
+}
+
+template <class T>
+void fill_lanes(const Warp& warp, const Frame& frame, Special what, Slot slot) {
+  T* const to = static_cast<T*>(static_cast<void*>(frame.slots + slot * slot_bytes));
+  const T first = static_cast<T>(special_value(*warp.machine, warp, what, 0));
+  const bool differ = depends_on_lane(what);
   for (uint32_t l = 0; l < warp_size; ++l) {
-    const uint64_t value = special_value(*warp.machine, warp, special.what, l);
-    const std::size_t bytes = special.wide ? 8 : 4;
-    std::memcpy(slot + l * bytes, &value, bytes);
+    to[l] = differ ? static_cast<T>(special_value(*warp.machine, warp, what, l)) : first;
   }
+}
+
+void fill_special(const Warp& warp, const Frame& frame, const SpecialRegister& special) {
+  if (special.wide) {
+    fill_lanes<uint64_t>(warp, frame, special.what, special.slot);
+  } else {
+    fill_lanes<uint32_t>(warp, frame, special.what, special.slot);
+  }
+}
+
+/// What special registers depend on, but for the block.
+std::array<uint32_t, 8> launch_of(const Warp& warp) {
+  const Launch& launch = warp.machine->launch;
+  return {launch.grid[0],  launch.grid[1],  launch.grid[2], launch.block[0],
+          launch.block[1], launch.block[2], warp.id + 1,    static_cast<uint32_t>(launch.dynamic_shared_bytes)};
 }
 
 void fill_constant(const Frame& frame, const Constant& constant) {
@@ -78,15 +100,48 @@ void fill_constant(const Frame& frame, const Constant& constant) {
   for (uint32_t l = 0; l < warp_size; ++l) std::memcpy(slot + l * bytes, &constant.value, bytes);
 }
 
+std::size_t frame_bytes(const Function& function) {
+  return function.frame_slots * slot_bytes + function.predicates * sizeof(uint32_t) + 2 * 64;
+}
+
 void allocate_frame(Frame& frame, const Function& function) {
   const std::size_t bytes = function.frame_slots * slot_bytes;
   frame.function = &function;
-  frame.storage.assign(bytes + function.predicates * sizeof(uint32_t) + 2 * 64, static_cast<char>(0xee));
-  char* const begin = frame.storage.data();
+  const std::size_t all = frame_bytes(function);
+  frame.storage = std::make_unique_for_overwrite<char[]>(all);
+  char* const begin = frame.storage.get();
+  std::memset(begin, 0xee, all);
   frame.slots = begin + (64 - reinterpret_cast<uintptr_t>(begin) % 64) % 64;
   frame.predicates = static_cast<uint32_t*>(static_cast<void*>(frame.slots + bytes));
   frame.predicates[0] = all_lanes;
   frame.predicates[1] = 0;
+}
+
+// ---- frames of earlier launches, with their constants in place ----
+struct KeptFrames {
+  std::map<const Function*, std::vector<std::unique_ptr<Frame>>> of;
+  std::size_t bytes = 0;
+};
+KeptFrames& kept_frames() {
+  static KeptFrames kept;
+  return kept;
+}
+constexpr std::size_t most_kept_bytes = std::size_t{64} << 20;
+
+std::unique_ptr<Frame> take_kept(const Function& function) {
+  const auto found = kept_frames().of.find(&function);
+  if (found == kept_frames().of.end() || found->second.empty()) return nullptr;
+  std::unique_ptr<Frame> frame = std::move(found->second.back());
+  found->second.pop_back();
+  kept_frames().bytes -= frame_bytes(function);
+  return frame;
+}
+
+void keep(std::unique_ptr<Frame> frame) {
+  KeptFrames& kept = kept_frames();
+  if (kept.bytes > most_kept_bytes) kept = {};
+  kept.bytes += frame_bytes(*frame->function);
+  kept.of[frame->function].push_back(std::move(frame));
 }
 
 char* local_memory(const Warp& warp, const Frame& frame, uint32_t lane) {
@@ -195,19 +250,36 @@ const Function* find_function(const Warp& warp, uint64_t address) {
 
 }  // namespace
 
+CallStack::~CallStack() {
+  for (auto frame = frames_.rbegin(); frame != frames_.rend(); ++frame) keep(std::move(*frame));
+}
+
+void forget_frames(const Module& module) {
+  std::erase_if(kept_frames().of, [&](auto& entry) {
+    const bool goes = entry.first->module == &module;
+    if (goes) kept_frames().bytes -= entry.second.size() * frame_bytes(*entry.first);
+    return goes;
+  });
+}
+
 Frame* CallStack::new_frame(const Warp& warp, const Function& function) {
   const auto known = std::ranges::find(free_, &function, &Frame::function);
   Frame* frame = nullptr;
   if (known != free_.end()) {
     frame = *known;
     free_.erase(known);
+  } else if (std::unique_ptr<Frame> kept = take_kept(function)) {
+    frame = frames_.emplace_back(std::move(kept)).get();
   } else {
-    frames_.push_back(std::make_unique<Frame>());
-    frame = frames_.back().get();
+    frame = frames_.emplace_back(std::make_unique<Frame>()).get();
     allocate_frame(*frame, function);
     for (const Constant& constant : function.constants) fill_constant(*frame, constant);
   }
-  for (const SpecialRegister& special : function.specials) fill_special(warp, *frame, special);
+  if (const std::array<uint32_t, 8> launch = launch_of(warp); frame->filled_for != launch) {
+    for (const SpecialRegister& special : function.specials) fill_special(warp, *frame, special);
+    frame->filled_for = launch;
+  }
+  fill_block_specials(warp, *frame);
   return frame;
 }
 
@@ -220,7 +292,8 @@ Frame* CallStack::entry_frame(const Warp& warp) {
 
 void CallStack::fill_block_specials(const Warp& warp, const Frame& frame) const {
   for (const SpecialRegister& special : frame.function->specials) {
-    if (special.what >= Special::ctaid_x && special.what <= Special::ctaid_z) fill_special(warp, frame, special);
+    const bool of_block = special.what >= Special::ctaid_x && special.what <= Special::ctaid_z;
+    if (of_block || special.what == Special::gridid) fill_special(warp, frame, special);
   }
 }
 

@@ -13,6 +13,11 @@ constexpr std::size_t call_stack_bytes = 16 * 1024;
 
 class CallStack {
  public:
+  CallStack() = default;
+  ~CallStack();  ///< its frames are kept for later launches
+  CallStack(const CallStack&) = delete;
+  CallStack& operator=(const CallStack&) = delete;
+
   /// The frame of the kernel itself; one for each warp, for all blocks.
   Frame* entry_frame(const Warp& warp);
   /// Writes the special registers that depend on the block.
@@ -35,6 +40,9 @@ class CallStack {
   std::vector<Frame*> entries_;  ///< by warp
   std::vector<Frame*> free_;
 };
+
+/// The frames that are kept for the module's functions go.
+void forget_frames(const Module& module);
 
 /// Whether the lanes that the member mask of the warp's instruction names are all here. If not, the group waits.
 bool meet_lanes(Warp& warp, std::size_t group);

@@ -136,7 +136,6 @@ class Scheduler {
   std::vector<Warp> warps_;
   std::array<Barrier, barriers_of_a_block> barriers_{};
   uint32_t live_ = 0;  ///< threads of the block that have not exited
-  std::unique_ptr<char[]> shared_, local_;
   CallStack calls_;
   uint64_t left_ = 0;  ///< instructions of the warp's turn
 };
@@ -169,19 +168,29 @@ std::size_t align_up(std::size_t value, std::size_t alignment) {
   return (value + alignment - 1) / alignment * alignment;
 }
 
-char* aligned_memory(std::unique_ptr<char[]>& memory, std::size_t bytes, std::size_t alignment) {
-  memory = std::make_unique_for_overwrite<char[]>(bytes + alignment);
-  return memory.get() + (alignment - reinterpret_cast<uintptr_t>(memory.get()) % alignment) % alignment;
-}
+/// Memory that launches use one after another.
+struct Scratch {
+  std::unique_ptr<char[]> data;
+  std::size_t bytes = 0;
+
+  char* take(std::size_t needed, std::size_t alignment) {
+    if (needed + alignment > bytes) {
+      bytes = needed + alignment;
+      data = std::make_unique_for_overwrite<char[]>(bytes);
+    }
+    return data.get() + (alignment - reinterpret_cast<uintptr_t>(data.get()) % alignment) % alignment;
+  }
+};
 
 void Scheduler::prepare_memory() {
   const Function& kernel = *machine_.kernel;
   const std::size_t dynamic = align_up(kernel.static_shared_bytes, kernel.dynamic_shared_align);
   const std::size_t dynamic_bytes = machine_.launch.dynamic_shared_bytes;
   machine_.shared_bytes = dynamic_bytes == 0 ? kernel.static_shared_bytes : dynamic + dynamic_bytes;
-  machine_.shared = aligned_memory(shared_, machine_.shared_bytes, 128);
+  static Scratch shared, local;
+  machine_.shared = shared.take(machine_.shared_bytes, 128);
   machine_.local_stride = align_up(kernel.local_bytes + (kernel.makes_calls ? call_stack_bytes : 0), 16);
-  machine_.local = aligned_memory(local_, machine_.local_stride * machine_.threads, 16);
+  machine_.local = local.take(machine_.local_stride * machine_.threads, 16);
 }
 
 void Scheduler::run() {
@@ -593,7 +602,8 @@ void unsupported_instruction(Warp& warp, const Instruction& in) {
                   "): " + origin.unsupported);
 }
 
-void forget_numbers(const Module& module) {
+void forget_functions(const Module& module) {
+  forget_frames(module);
   std::erase_if(numbered_functions(), [&](const auto& entry) { return entry.second->module == &module; });
 }
 

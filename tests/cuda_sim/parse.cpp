@@ -925,7 +925,7 @@ class Parser final : public FunctionBuilder {
 }  // namespace
 
 Module::Module() = default;
-Module::~Module() { forget_numbers(*this); }
+Module::~Module() { forget_functions(*this); }
 
 std::unique_ptr<Module> parse(std::string_view text) {
   auto module = std::make_unique<Module>();

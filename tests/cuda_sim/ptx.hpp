@@ -155,8 +155,8 @@ struct Module {
   std::map<uint32_t, std::string> files;  ///< paths, by the number that Origin::file gives
 };
 
-/// The numbers of its instructions in findings name nothing any more.
-void forget_numbers(const Module& module);
+/// What the machine knows of its functions: it ends with the module.
+void forget_functions(const Module& module);
 
 /// Throws std::runtime_error with the PTX line where the text is not PTX. An instruction that the machine does not know
 /// is none: executing it is a Fault.

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -37,7 +38,8 @@ struct Frame {
   uint32_t depth = 0;
   uint32_t lanes = 0;            ///< that have not returned
   std::size_t local_offset = 0;  ///< of its local memory in each thread's
-  std::vector<char> storage = {};
+  std::unique_ptr<char[]> storage = {};
+  std::array<uint32_t, 8> filled_for{};  ///< the launch and warp that its special registers belong to
 };
 
 /// Lanes of a warp that are at the same instruction.
