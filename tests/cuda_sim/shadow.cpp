@@ -60,15 +60,12 @@ class Page {
   // Afterwards the cells hold anything that was in the page.
   void reset(int shift) {
     shift_ = shift;
-    if (room_ >= size()) return;
-    room_ = size();
-    data_ = std::make_unique<uint32_t[]>(2 * fields * room_);
+    if (room_ < size()) [[unlikely]]
+      make_room();
   }
 
-  Cell load(std::size_t i) {
-    const auto at = [&](Field field) { return Record{moments(field)[i], whos(field)[i]}; };
-    return {at(write), at(read), at(earlier_read), at(foreign_read)};
-  }
+  Record at(Field field, std::size_t i) { return {moments(field)[i], whos(field)[i]}; }
+  Cell load(std::size_t i) { return {at(write, i), at(read, i), at(earlier_read, i), at(foreign_read, i)}; }
 
   void store(std::size_t i, const Cell& cell) {
     const auto set = [&](Field field, const Record& record) {
@@ -82,7 +79,7 @@ class Page {
   }
 
   // Cells become smaller, each as the larger one was.
-  void refine(int shift) {
+  [[gnu::noinline]] void refine(int shift) {
     std::vector<Cell> old(size());
     for (std::size_t i = 0; i < old.size(); ++i) old[i] = load(i);
     const auto parts = std::size_t{1} << (shift_ - shift);
@@ -91,6 +88,11 @@ class Page {
   }
 
  private:
+  [[gnu::noinline]] void make_room() {
+    room_ = size();
+    data_ = std::make_unique<uint32_t[]>(2 * fields * room_);
+  }
+
   std::unique_ptr<uint32_t[]> data_;
   std::size_t room_ = 0;  // cells that there are
   int shift_ = coarsest;
@@ -120,6 +122,8 @@ struct Lookup {
   const Allocation* range = nullptr;
 };
 
+constexpr std::size_t most_shared_bytes = 256 << 10;  // more than any device has
+
 struct State {
   Moment now = 1;
   Moment settled = 1;  // whatever is before it is ordered before the present kernel or copy
@@ -129,7 +133,7 @@ struct State {
   std::deque<Begun> begun;  // kernels and copies that are not before all later ones
   Describe describe = nullptr;
   std::array<Lookup, 1024> lookups;
-  std::vector<Page> shared;
+  std::vector<Page> shared = std::vector<Page>(most_shared_bytes >> page_shift);
   std::set<Shadow*> shadows;
   bool out_of_bounds = false;                              // in this kernel
   std::set<std::tuple<int, uint32_t, uint32_t>> reported;  // in this kernel: what, the instruction, the other one
@@ -157,9 +161,9 @@ int finest_shift(std::size_t offset, std::size_t bytes) {
 // Makes the page fine enough for an access. One in which nothing matters any more may become coarse again.
 inline void prepare(Page& page, std::size_t offset, std::size_t bytes, Moment settled, Moment now) {
   const int shift = finest_shift(offset, bytes);
-  if (page.last_use < settled) {
+  if (page.last_use < settled) [[unlikely]] {
     page.reset(shift);
-  } else if (shift < page.shift()) {
+  } else if (shift < page.shift()) [[unlikely]] {
     page.refine(shift);
   }
   page.last_use = now;
@@ -296,6 +300,15 @@ inline void remember_read(Cell& cell, const Record& record, const State& all, Mo
   cell.read = record;
 }
 
+// Whether one more reader tells nothing new: a later write that races with it races with one of these two as well. They
+// are of two warps, or two threads of the reader's own warp since it was synchronised.
+inline bool is_well_read(const Record& read, const Record& earlier, const Present& present, const State& all) {
+  if (read.moment < all.barrier || earlier.moment < all.barrier) return false;
+  if (!same_warp(read.who, earlier.who)) return true;
+  return same_warp(read.who, present.record.who) && !same_thread(read.who, earlier.who) &&
+         read.moment >= present.synced && earlier.moment >= present.synced;
+}
+
 template <Access access>
 inline void touch(Cell& cell, const Present& present, const State& all, Moment settled, const Subject& subject) {
   const auto check = [&](const Record& old, bool wrote) {
@@ -318,6 +331,11 @@ inline void touch_cells(Page& page, std::size_t offset, uint32_t bytes, const Pr
                         Moment settled, const Subject& subject) {
   const auto first = offset >> page.shift(), end = (offset + bytes) >> page.shift();
   for (auto i = first; i < end; ++i) {
+    if constexpr (access == Access::read) {
+      const auto written = page.at(Page::write, i);
+      const bool is_ordered = written.moment < settled || !races(written, present, all);
+      if (is_ordered && is_well_read(page.at(Page::read, i), page.at(Page::earlier_read, i), present, all)) continue;
+    }
     auto cell = page.load(i);
     touch<access>(cell, present, all, settled, subject);
     page.store(i, cell);
@@ -350,13 +368,28 @@ inline bool is_run(const WarpAccess& of) {
   return different == 0;
 }
 
-// All lanes read one place: two of them say as much as all.
+// Of the lanes that read one place, the first and the last say as much as all. All lanes where there are many places.
 inline uint32_t lanes_that_matter(const WarpAccess& of) {
-  if (of.access != Access::read || std::popcount(of.lanes) < 3) return of.lanes;
-  const auto first = of.addresses[std::countr_zero(of.lanes)];
-  uint64_t different = 0;
-  for (uint32_t lane = 0; lane < 32; ++lane) different |= of.lanes >> lane & 1 ? of.addresses[lane] ^ first : 0;
-  return different == 0 ? std::bit_floor(of.lanes) | (of.lanes & -of.lanes) : of.lanes;
+  constexpr std::size_t few = 8;
+  if (of.access != Access::read) return of.lanes;
+  std::array<uint64_t, few> places;
+  std::array<uint32_t, few> first, last;  // lanes, as bits
+  std::size_t count = 0;
+  for (uint32_t rest = of.lanes; rest != 0; rest &= rest - 1) {
+    const auto address = of.addresses[std::countr_zero(rest)];
+    const auto bit = rest & (~rest + 1);
+    std::size_t i = 0;
+    while (i < count && places[i] != address) ++i;
+    if (i == count) {
+      if (count == few) return of.lanes;
+      places[count] = address;
+      first[count++] = bit;
+    }
+    last[i] = bit;
+  }
+  uint32_t lanes = 0;
+  for (std::size_t i = 0; i < count; ++i) lanes |= first[i] | last[i];
+  return lanes;
 }
 
 // All cells of a run at once: the arrays begin at its first cell.
@@ -595,16 +628,15 @@ uint32_t check_global_as(const WarpAccess& of) {
 
 // ---- shared memory ----
 
-bool is_initialised(Page& page, std::size_t offset, std::size_t bytes, Moment block_start) {
+inline bool is_initialised(Page& page, std::size_t offset, std::size_t bytes, Moment block_start) {
   const auto* moments = page.moments(Page::write) + (offset % page_bytes >> page.shift());
   uint32_t missing = 0;
   for (std::size_t i = 0; i < bytes >> page.shift(); ++i) missing |= static_cast<uint32_t>(moments[i] < block_start);
   return missing == 0;
 }
 
-Page& shared_page(std::size_t offset, std::size_t bytes, State& all) {
+inline Page& shared_page(std::size_t offset, std::size_t bytes, State& all) {
   const auto number = offset >> page_shift;
-  if (number >= all.shared.size()) all.shared.resize(number + 1);
   auto& page = all.shared[number];
   prepare(page, offset, bytes, all.block_start, all.now);
   return page;
@@ -700,7 +732,7 @@ void restart_time() {
   for (auto* shadow : all.shadows) {
     for (auto& page : shadow->pages) page = {};
   }
-  all.shared.clear();
+  for (auto& page : all.shared) page = {};
   all.begun.clear();
   all.now = 1;
 }
