@@ -86,12 +86,12 @@ void fill(const Array& out, Scalar value) {
 
 void copy(const Array& out, const Array& in) {
   if (out.numel() == 0) return;
-  const int to = device_of(out.data), from = device_of(in.data), here = current_device();
+  const int to = device_of(out.data), from = device_of(in.data);
   if (to < 0) return copy_to_host(out, in);
   if (from < 0) return copy_from_host(out, in);
   if (to == from) return copy_here("copy", out, in);
   const DeviceGuard guard(to);
-  copy_from_device(out, in, from == to ? here : from);
+  copy_from_device(out, in, from);
 }
 
 void arange(const Array& out, Scalar start, Scalar step) {

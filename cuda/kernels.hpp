@@ -9,10 +9,12 @@
 // clang-format off
 #define KNOCK_CUDA_KERNELS(X) \
   X(fill) X(copy) X(arange) X(random) X(unary) X(unary_backward) X(binary) X(binary_scalar) X(where) X(lerp) \
-  X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(reduce) X(arg_reduce) X(scan) X(recurrence) \
-  X(softmax) X(softmax_backward) X(layer_norm) X(layer_norm_backward) X(rms_norm) X(rms_norm_backward) \
-  X(norm_rope) X(norm_rope_backward) X(rope) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
-  X(nll_loss_backward) X(attention) X(attention_backward)
+  X(reduce) X(arg_reduce) X(scan) X(recurrence) X(sort) X(topk) X(multinomial) X(gather) X(scatter) \
+  X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
+  X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
+  X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
+  X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) \
+  X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many)
 // clang-format on
 
 namespace knock::cuda {

@@ -29,18 +29,6 @@ __global__ void __launch_bounds__(team_threads) scan_threads(const __grid_consta
   }
 }
 
-/// The scan of a warp's values: lane l gets that of lanes 0 .. l.
-template <class Acc, class Join>
-__device__ Acc scan_warp(Acc value, Join join) {
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
-#pragma unroll
-  for (int step = 1; step < warp_size; step *= 2) {
-    const Acc before = __shfl_up_sync(0xffffffffU, value, static_cast<unsigned>(step));
-    if (lane >= step) value = join(before, value);
-  }
-  return value;
-}
-
 /// One block for each row, a tile of an element a thread at a time.
 template <class Acc, bool product, class T, class Out>
 __global__ void __launch_bounds__(team_threads) scan_blocks(const __grid_constant__ Rows<2> a, const T* x, Out* out) {

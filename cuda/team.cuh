@@ -38,6 +38,18 @@ __device__ T join_warp(T value, Join join) {
   return value;
 }
 
+/// The scan of a warp's values: lane l gets that of lanes 0 .. l.
+template <class Acc, class Join>
+__device__ Acc scan_warp(Acc value, Join join) {
+  const int lane = static_cast<int>(threadIdx.x) % warp_size;
+#pragma unroll
+  for (int step = 1; step < warp_size; step *= 2) {
+    const Acc before = __shfl_up_sync(0xffffffffU, value, static_cast<unsigned>(step));
+    if (lane >= step) value = join(before, value);
+  }
+  return value;
+}
+
 /// `size` threads of a block that hold a row: 32, or all of the block.
 template <int size>
 struct Team {

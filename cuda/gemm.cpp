@@ -1,0 +1,405 @@
+// Matrix products by cublasLt: out = alpha a b + beta c.
+//
+// cublasLt stores matrices by columns, so it is asked for the transpose: out^T = b^T a^T, in which rows and columns
+// change their names and nothing moves. An operand whose rows or columns are dense is used where it lies; any other one
+// is copied first. f32 is computed in f32, not in TF32; bf16 is accumulated in f32. The algorithm that the library
+// proposes for a shape is asked for once.
+
+#include "allocator.hpp"
+#include "device.hpp"
+#include "error.hpp"
+#include "kernels.hpp"
+#include "stream.hpp"
+
+#include <knock/core/loop_nest.hpp>
+#include <knock/ops/pointwise_functors.hpp>
+
+#include <cublasLt.h>
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+namespace knock::cuda {
+namespace {
+
+void check_lt(cublasStatus_t status, const char* call) {
+  if (status != CUBLAS_STATUS_SUCCESS) [[unlikely]]
+    fail("gemm", "cublasLt: ", cublasLtGetStatusString(status), " in ", call);
+}
+#define KNOCK_LT(call) check_lt((call), #call)
+
+cublasLtHandle_t handle() {
+  struct Slot {
+    std::once_flag made;
+    cublasLtHandle_t handle = nullptr;
+  };
+  static auto* slots = new std::array<Slot, max_devices>;  // never destroyed: the driver may be gone by then
+  Slot& slot = (*slots)[static_cast<std::size_t>(current_device())];
+  std::call_once(slot.made, [&] { KNOCK_LT(cublasLtCreate(&slot.handle)); });
+  return slot.handle;
+}
+
+cudaDataType type_of(DType dtype) {
+  return dtype == DType::f64 ? CUDA_R_64F : dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF;
+}
+
+// What cublasLt is told
+// --------------------------------------------------------------------------------------------------------------------
+
+/// A matrix as it is stored: rows of `columns` dense elements, `pitch` apart, or the transpose of that.
+struct Stored {
+  const void* data;
+  int64_t rows, columns, pitch;
+  bool transposed;  ///< the matrix meant is the transpose
+  int64_t batch_stride = 0;
+};
+
+/// One call: out (M, N) = alpha a b + beta c for every matrix of a batch. c is out, or a bias for each column.
+struct Product {
+  DType in, out_type;
+  int64_t m, n, k, batch;
+  Stored a, b, out;
+  const void* bias;
+  double alpha, beta;
+};
+
+/// A description that cublasLt keeps.
+template <class Handle, cublasStatus_t (*destroy)(Handle)>
+class Description {
+ public:
+  Description() = default;
+  ~Description() {
+    if (handle_) destroy(handle_);
+  }
+  Description(const Description&) = delete;
+  Description& operator=(const Description&) = delete;
+  Handle get() const { return handle_; }
+  Handle* place() { return &handle_; }
+
+ private:
+  Handle handle_ = nullptr;
+};
+
+class Layout {
+ public:
+  /// By columns, as cublasLt sees it: what we call a row is a column there.
+  Layout(const Stored& matrix, DType dtype, int64_t batch) {
+    KNOCK_LT(cublasLtMatrixLayoutCreate(description_.place(), type_of(dtype), static_cast<uint64_t>(matrix.columns),
+                                        static_cast<uint64_t>(matrix.rows), matrix.pitch));
+    if (batch == 1) return;
+    const auto count = static_cast<int32_t>(batch);
+    set(CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, count);
+    set(CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, matrix.batch_stride);
+  }
+  cublasLtMatrixLayout_t get() const { return description_.get(); }
+
+ private:
+  template <class Value>
+  void set(cublasLtMatrixLayoutAttribute_t which, const Value& value) {
+    KNOCK_LT(cublasLtMatrixLayoutSetAttribute(get(), which, &value, sizeof value));
+  }
+  Description<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> description_;
+};
+
+class Operation {
+ public:
+  explicit Operation(const Product& p) {
+    const bool wide = p.in == DType::f64;
+    KNOCK_LT(cublasLtMatmulDescCreate(description_.place(), wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
+                                      wide ? CUDA_R_64F : CUDA_R_32F));
+    set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
+    if (!p.bias) return;
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+  }
+  cublasLtMatmulDesc_t get() const { return description_.get(); }
+
+ private:
+  template <class Value>
+  void set(cublasLtMatmulDescAttributes_t which, const Value& value) {
+    KNOCK_LT(cublasLtMatmulDescSetAttribute(get(), which, &value, sizeof value));
+  }
+  Description<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> description_;
+};
+
+/// The largest power of two that divides an address, at most 256.
+uint32_t alignment_of(const void* address) {
+  const auto bits = reinterpret_cast<std::uintptr_t>(address) | 256U;
+  return static_cast<uint32_t>(bits & (~bits + 1));
+}
+
+class Preference {
+ public:
+  explicit Preference(const Product& p) {
+    KNOCK_LT(cublasLtMatmulPreferenceCreate(description_.place()));
+    set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{32} << 20);
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(p.b.data));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a.data));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.out.data));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(p.out.data));
+  }
+  cublasLtMatmulPreference_t get() const { return description_.get(); }
+
+ private:
+  template <class Value>
+  void set(cublasLtMatmulPreferenceAttributes_t which, const Value& value) {
+    KNOCK_LT(cublasLtMatmulPreferenceSetAttribute(get(), which, &value, sizeof value));
+  }
+  Description<cublasLtMatmulPreference_t, cublasLtMatmulPreferenceDestroy> description_;
+};
+
+/// The algorithms that were proposed, by all that they depend on.
+class Algorithms {
+ public:
+  using Key = std::array<int64_t, 22>;
+  using Choice = cublasLtMatmulHeuristicResult_t;
+
+  static Algorithms& instance() {
+    static auto* algorithms = new Algorithms;
+    return *algorithms;
+  }
+
+  template <class Ask>
+  Choice find(const Key& key, Ask&& ask) {
+    const std::lock_guard lock(mutex_);
+    const auto found = known_.find(key);
+    return found != known_.end() ? found->second : known_.emplace(key, ask()).first->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, Choice> known_;
+};
+
+Algorithms::Key key_of(const Product& p) {
+  return {current_device(),
+          static_cast<int64_t>(p.in),
+          static_cast<int64_t>(p.out_type),
+          p.m,
+          p.n,
+          p.k,
+          p.batch,
+          p.a.pitch,
+          p.a.transposed,
+          p.a.batch_stride,
+          p.b.pitch,
+          p.b.transposed,
+          p.b.batch_stride,
+          p.out.pitch,
+          p.out.batch_stride,
+          p.bias != nullptr,
+          p.beta == 0,
+          alignment_of(p.a.data),
+          alignment_of(p.b.data),
+          alignment_of(p.out.data),
+          alignment_of(p.bias),
+          0};
+}
+
+std::string product_text(const Product& p) {
+  return text("(", p.m, ", ", p.k, ") x (", p.k, ", ", p.n, ") ", p.in, " -> ", p.out_type, ", ", p.batch, " matrices");
+}
+
+void run(const Product& p) {
+  const Operation operation(p);
+  const Layout a(p.a, p.in, p.batch), b(p.b, p.in, p.batch), out(p.out, p.out_type, p.batch);
+  const auto choice = Algorithms::instance().find(key_of(p), [&] {
+    const Preference preference(p);
+    cublasLtMatmulHeuristicResult_t proposed{};
+    int count = 0;
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), operation.get(), b.get(), a.get(), out.get(),
+                                                                 out.get(), preference.get(), 1, &proposed, &count);
+    check(status == CUBLAS_STATUS_SUCCESS && count > 0, "gemm", "cublasLt has no algorithm for ", product_text(p));
+    return proposed;
+  });
+  const Scratch workspace(static_cast<int64_t>(choice.workspaceSize));
+  const auto alpha = static_cast<float>(p.alpha), beta = static_cast<float>(p.beta);
+  const bool wide = p.in == DType::f64;
+  const void* const alpha_place = wide ? static_cast<const void*>(&p.alpha) : &alpha;
+  const void* const beta_place = wide ? static_cast<const void*>(&p.beta) : &beta;
+  void* const to = const_cast<void*>(p.out.data);
+  KNOCK_LT(cublasLtMatmul(handle(), operation.get(), alpha_place, p.b.data, b.get(), p.a.data, a.get(), beta_place, to,
+                          out.get(), to, out.get(), &choice.algo, workspace.as<void>(), choice.workspaceSize,
+                          current_stream()));
+  after_launch("gemm");
+}
+
+// From arrays to products
+// --------------------------------------------------------------------------------------------------------------------
+
+/// How a matrix (the last two axes) is stored, if its rows or its columns are dense.
+std::optional<Stored> stored_matrix(const Array& x) {
+  const int64_t rank = x.rank(), rows = x.shape[rank - 2], columns = x.shape[rank - 1];
+  const int64_t row_step = x.strides[rank - 2], column_step = x.strides[rank - 1];
+  if ((column_step == 1 || columns == 1) && (row_step >= columns || rows == 1))
+    return Stored{x.data, rows, columns, rows == 1 ? columns : row_step, false};
+  if ((row_step == 1 || rows == 1) && (column_step >= rows || columns == 1))
+    return Stored{x.data, columns, rows, columns == 1 ? rows : column_step, true};
+  return {};
+}
+
+/// An operand in the dtype of the product with dense rows or columns: as it is, or a copy.
+class Prepared {
+ public:
+  Prepared(const Array& x, DType dtype) : array(x) {
+    if (x.dtype == dtype && stored_matrix(x)) return;
+    array.strides = contiguous_strides(x.shape);
+    for (int64_t axis = 0; axis < x.rank() - 2; ++axis)  // what is broadcast stays so
+      if (x.strides[axis] == 0) array.shape[axis] = 1;
+    array.strides = contiguous_strides(array.shape);
+    memory_.emplace(array.numel() * size_of(dtype));
+    array.data = memory_->as<void>();
+    array.dtype = dtype;
+    Array from = x;
+    from.shape = array.shape;
+    copy(array, from);
+    array = array.expand(x.shape);
+  }
+
+  Array array;
+
+ private:
+  std::optional<Scratch> memory_;
+};
+
+/// x without its last two axes.
+Array leading_axes(const Array& x) {
+  Array out = x;
+  for (int i = 0; i < 2; ++i) {
+    out.shape.erase(out.shape.rank() - 1);
+    out.strides.erase(out.strides.rank() - 1);
+  }
+  return out;
+}
+
+bool is_one_matrix(const Array& x) {
+  for (int64_t axis = 0; axis < x.rank() - 2; ++axis)
+    if (x.shape[axis] != 1 && x.strides[axis] != 0) return false;
+  return true;
+}
+
+/// Merges the leading axes into the rows where their strides step evenly; false when they do not.
+bool merge_rows(Array& x) {
+  const int64_t rank = x.rank();
+  int64_t rows = x.shape[rank - 2], stride = x.strides[rank - 2];
+  for (int64_t axis = rank - 3; axis >= 0; --axis) {
+    if (x.shape[axis] == 1) continue;
+    if (rows != 1 && x.strides[axis] != rows * stride) return false;
+    if (rows == 1) stride = x.strides[axis];
+    rows *= x.shape[axis];
+  }
+  x = {x.data, x.dtype, {rows, x.shape[rank - 1]}, {stride, x.strides[rank - 1]}};
+  return true;
+}
+
+Array last_matrix(const Array& x) {
+  const int64_t rank = x.rank();
+  return {x.data, x.dtype, {x.shape[rank - 2], x.shape[rank - 1]}, {x.strides[rank - 2], x.strides[rank - 1]}};
+}
+
+char* at_element(const Array& x, int64_t offset) { return static_cast<char*>(x.data) + offset * size_of(x.dtype); }
+
+/// out = alpha a b + beta out + bias, for operands that are stored as products want them: in strided batches along the
+/// innermost axis that all leading axes merge into, one call for each index of the others.
+void run_batches(double alpha, const Array& a, const Array& b, double beta, const void* bias, const Array& out) {
+  const Array leading_a = leading_axes(a), leading_b = leading_axes(b), leading_out = leading_axes(out);
+  const LoopNest<3> nest = merge_axes<3>({&leading_out, &leading_a, &leading_b});
+  const int64_t inner = nest.shape.rank() - 1, batch = nest.shape[inner];
+  const int64_t rank = a.rank();
+  Product p{.in = a.dtype,
+            .out_type = out.dtype,
+            .m = a.shape[rank - 2],
+            .n = b.shape[rank - 1],
+            .k = a.shape[rank - 1],
+            .batch = batch,
+            .a = *stored_matrix(a),
+            .b = *stored_matrix(b),
+            .out = *stored_matrix(out),
+            .bias = bias,
+            .alpha = alpha,
+            .beta = beta};
+  p.out.batch_stride = nest.strides[0][inner];
+  p.a.batch_stride = nest.strides[1][inner];
+  p.b.batch_stride = nest.strides[2][inner];
+  const int64_t calls = nest.shape.numel() / batch;
+  for (int64_t call = 0; call < calls; ++call) {
+    std::array<int64_t, 3> offset{};
+    for (int64_t axis = inner - 1, rest = call; axis >= 0; --axis) {
+      for (std::size_t k = 0; k < 3; ++k) offset[k] += rest % nest.shape[axis] * nest.strides[k][axis];
+      rest /= nest.shape[axis];
+    }
+    p.out.data = at_element(out, offset[0]);
+    p.a.data = at_element(a, offset[1]);
+    p.b.data = at_element(b, offset[2]);
+    run(p);
+  }
+}
+
+/// Whether c is one number for each column, as the library adds it in its epilogue.
+bool is_bias(const Array& c, DType dtype) {
+  for (int64_t axis = 0; axis < c.rank() - 1; ++axis)
+    if (c.shape[axis] != 1 && c.strides[axis] != 0) return false;
+  return c.dtype == dtype && dtype != DType::f64 && (c.strides.back() == 1 || c.shape.back() == 1);
+}
+
+/// The result of a product in a dtype that cublasLt writes: the given array, or memory that is converted at the end.
+class Target {
+ public:
+  Target(const Array& given, DType dtype) : array(given), given_(given) {
+    if (given.dtype == dtype) return;
+    memory_.emplace(given.numel() * size_of(dtype));
+    array.data = memory_->as<void>();
+    array.dtype = dtype;
+    array.strides = contiguous_strides(given.shape);
+  }
+  void write_back() const {
+    if (memory_) copy(given_, array);
+  }
+
+  Array array;
+
+ private:
+  Array given_;
+  std::optional<Scratch> memory_;
+};
+
+/// out = beta c, where there is nothing to add up.
+void scale(double beta, const Array& c, const Array& out) {
+  if (beta == 0) return fill(out, 0);
+  binary_scalar(Binary::mul, c, beta, false, out);
+}
+
+}  // namespace
+
+void gemm(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) {
+  if (out.numel() == 0) return;
+  if (a.shape.back() == 0) return scale(beta, c, out);
+  const bool narrow = a.dtype == DType::bf16 || b.dtype == DType::bf16;
+  const DType in = narrow ? DType::bf16 : a.dtype;
+  const DType natural = narrow ? out.dtype : in;
+  const bool has_bias = beta == 1 && is_bias(c, natural);
+  const bool rounds_late = beta != 0 && !has_bias && c.dtype != natural;  // c is added before the result is rounded
+  const Target target(out, rounds_late ? compute_dtype(in) : natural);
+  if (beta != 0 && !has_bias && c.data != target.array.data) copy(target.array, c);
+
+  const Prepared left(a, in), right(b, in);
+  Array x = left.array, y = right.array, z = target.array;
+  if (x.rank() > 2 && is_one_matrix(y) && merge_rows(x)) {
+    merge_rows(z);
+    y = last_matrix(y);
+    if (!stored_matrix(x)) x = left.array, y = right.array, z = target.array;
+  }
+  run_batches(alpha, x, y, has_bias ? 0 : beta, has_bias ? c.data : nullptr, z);
+  target.write_back();
+}
+
+void gemm_many(const Array& a, std::span<const Array> b, std::span<const Array> out) {
+  for (std::size_t i = 0; i < b.size(); ++i) gemm(1, a, b[i], 0, {}, out[i]);
+}
+
+}  // namespace knock::cuda
