@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(threads)
     col = next;
   }
   wait_copies<0>();
+  __syncthreads();  // where no tile was looked at, copies to q are on their way until here
   float factor[2];
   for (int half = 0; half < 2; ++half) {
     const bool blind = total[half] == 0;

@@ -1,14 +1,25 @@
 // Language models of every attention kind: five steps of training on the device and on the CPU, from the same weights.
 
 #include <knock/models/moe_lm.hpp>
-#include <knock/optim/clip.hpp>
 #include <knock/optim/adamw.hpp>
+#include <knock/optim/clip.hpp>
 
 #include <doctest/doctest.h>
 
 using namespace knock;
 
 namespace {
+
+/// The most that a kind takes.
+nn::KnockOptions knocks(nn::AttentionVariant kind) {
+  using enum nn::AttentionVariant;
+  constexpr auto linear = nn::Knock::linear;
+  if (kind == gta) return {.v = nn::Knock::mlp};
+  if (kind == mla || kind == gla2) return {.q = linear, .k = linear, .v = linear};
+  if (kind == hydra) return {};
+  if (kind == talking_heads) return {.v = nn::Knock::gate};
+  return {.q = linear, .k = linear, .v = nn::Knock::mlp};
+}
 
 models::MoeLmConfig tiny(nn::AttentionVariant kind) {
   models::MoeLmConfig c{.vocab_size = 64,
@@ -18,9 +29,8 @@ models::MoeLmConfig tiny(nn::AttentionVariant kind) {
                         .kv_heads = 2,
                         .head_dim = 16,
                         .attention = kind,
-                        .knock = {.q = nn::Knock::linear, .k = nn::Knock::linear, .v = nn::Knock::mlp}};
+                        .knock = knocks(kind)};
   c.experts = 4, c.top_k = 2, c.expert_ffn = 16, c.dense_layers = 1, c.dense_ffn = 48;
-  if (kind == nn::AttentionVariant::hydra || kind == nn::AttentionVariant::talking_heads) c.knock = {};
   return c;
 }
 

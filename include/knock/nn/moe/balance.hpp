@@ -51,33 +51,21 @@ namespace knock::nn {
 KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options) {
   check(bias.rank() == 1 && bias.shape() == load.shape(), "updated_bias", "bias ", bias, " and load ", load,
         " must both be (E)");
-  const auto loads = load.to_vector<double>();
-  auto next = bias.to_vector<double>();
-  double mean_load = 0, mean_sign = 0, mean_square = 0;
-  const auto experts = static_cast<double>(loads.size());
-  for (const double l : loads) mean_load += l / experts;
-  const auto sign_of = [](double e) { return e > 0 ? 1.0 : e < 0 ? -1.0 : 0.0; };
-  for (const double l : loads) {
-    mean_sign += sign_of(mean_load - l) / experts;
-    mean_square += (mean_load - l) * (mean_load - l) / experts;
+  const NoGradGuard no_grad;
+  const Tensor wide = load.to(DType::f64), e = mean(wide) - wide;  // (E)
+  Tensor move;
+  switch (options.rule) {
+    case BiasRule::centred_sign:
+      move = sign(e) - mean(sign(e));
+      break;
+    case BiasRule::sign:
+      move = sign(e);
+      break;
+    case BiasRule::rms:
+      move = e / sqrt(clamp_min(mean(square(e)), 1e-300));  // 0 where all loads are equal
+      break;
   }
-  for (std::size_t i = 0; i < loads.size(); ++i) {
-    const double e = mean_load - loads[i];
-    double move = 0;
-    switch (options.rule) {
-      case BiasRule::centred_sign:
-        move = sign_of(e) - mean_sign;
-        break;
-      case BiasRule::sign:
-        move = sign_of(e);
-        break;
-      case BiasRule::rms:
-        move = mean_square > 0 ? e / std::sqrt(mean_square) : 0;
-        break;
-    }
-    next[i] += options.speed * move;
-  }
-  return from_data(next, bias.shape()).to(bias.dtype()).to(bias.device());
+  return (bias.to(DType::f64) + options.speed * move).to(bias.dtype());
 }
 
 KNOCK_FUNC Tensor balance_loss(const Tensor& probabilities, const Tensor& load) {
