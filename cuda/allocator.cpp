@@ -2,6 +2,7 @@
 
 #include "device.hpp"
 #include "error.hpp"
+#include "lifetime.hpp"
 #include "stream.hpp"
 
 #include <algorithm>
@@ -264,15 +265,24 @@ class Heap {
   std::unordered_map<void*, Block*> used_;
 };
 
+/// One for each device that was used; never destroyed, as above.
+struct OwnHeap {
+  std::once_flag made;
+  Heap* heap = nullptr;
+};
+std::array<OwnHeap, max_devices> heaps;
+
+void release_all_cached() {
+  for (OwnHeap& own : heaps)
+    if (own.heap) own.heap->release_cached();
+}
+
 Heap& heap(int device) {
-  struct Slot {
-    std::once_flag made;
-    Heap* heap = nullptr;
-  };
-  static auto* slots = new std::array<Slot, max_devices>;  // never destroyed, as above
-  Slot& slot = (*slots)[static_cast<std::size_t>(device)];
-  std::call_once(slot.made, [&] { slot.heap = new Heap(device); });
-  return *slot.heap;
+  static std::once_flag noted;
+  std::call_once(noted, [] { at_shut_down(release_all_cached); });
+  OwnHeap& own = heaps[static_cast<std::size_t>(device)];
+  std::call_once(own.made, [&] { own.heap = new Heap(device); });
+  return *own.heap;
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ std::string version_text(int version) { return text(version / 1000, ".", version
 
 Found find_devices() {
   int driver = 0;
-  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+  if (cudaDriverGetVersion(&driver) == cudaSuccess && driver == 0)
     return {0, "no NVIDIA driver is installed (libcuda.so is missing)"};
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

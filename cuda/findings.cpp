@@ -3,6 +3,7 @@
 #include "allocator.hpp"
 #include "device.hpp"
 #include "error.hpp"
+#include "lifetime.hpp"
 #include "stream.hpp"
 
 #include <array>
@@ -49,11 +50,17 @@ class Findings {
     forget(false);
   }
 
+  void release() {
+    cudaFree(on_device_);
+    on_device_ = nullptr;
+    on_host_.reset();
+  }
+
  private:
   static constexpr Finding none = ~Finding{0};
 
   void make() {
-    on_device_ = allocate(slots * sizeof(Finding), current_device());
+    KNOCK_CUDA(cudaMalloc(&on_device_, slots * sizeof(Finding)));  // not a block that the statistics would count
     on_host_ = std::make_unique<PinnedBuffer>(slots * sizeof(Finding));
     clear();
   }
@@ -77,14 +84,22 @@ class Findings {
   std::mutex mutex_;
   std::array<Question, slots> questions_;
   int asked_ = 0, fetched_ = 0;
-  void* on_device_ = nullptr;  // never released: as long as the process
+  void* on_device_ = nullptr;
   std::unique_ptr<PinnedBuffer> on_host_;
 };
 
-Findings& findings() {
+std::array<Findings, max_devices>& all_findings() {
   static auto* all = new std::array<Findings, max_devices>;
-  return (*all)[static_cast<std::size_t>(current_device())];
+  static std::once_flag noted;
+  std::call_once(noted, [] {
+    at_shut_down([] {
+      for (Findings& findings : all_findings()) findings.release();
+    });
+  });
+  return *all;
 }
+
+Findings& findings() { return all_findings()[static_cast<std::size_t>(current_device())]; }
 
 }  // namespace
 

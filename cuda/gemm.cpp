@@ -9,6 +9,7 @@
 #include "device.hpp"
 #include "error.hpp"
 #include "kernels.hpp"
+#include "lifetime.hpp"
 #include "stream.hpp"
 
 #include <knock/core/loop_nest.hpp>
@@ -32,15 +33,24 @@ void check_lt(cublasStatus_t status, const char* call) {
 }
 #define KNOCK_LT(call) check_lt((call), #call)
 
+/// cublasLt's handles, by device.
+struct OwnHandle {
+  std::once_flag made;
+  cublasLtHandle_t handle = nullptr;
+};
+std::array<OwnHandle, max_devices> handles;
+
+void destroy_handles() {
+  for (OwnHandle& own : handles)
+    if (own.handle) cublasLtDestroy(own.handle);
+}
+
 cublasLtHandle_t handle() {
-  struct Slot {
-    std::once_flag made;
-    cublasLtHandle_t handle = nullptr;
-  };
-  static auto* slots = new std::array<Slot, max_devices>;  // never destroyed: the driver may be gone by then
-  Slot& slot = (*slots)[static_cast<std::size_t>(current_device())];
-  std::call_once(slot.made, [&] { KNOCK_LT(cublasLtCreate(&slot.handle)); });
-  return slot.handle;
+  static std::once_flag noted;
+  std::call_once(noted, [] { at_shut_down(destroy_handles); });
+  OwnHandle& own = handles[static_cast<std::size_t>(current_device())];
+  std::call_once(own.made, [&] { KNOCK_LT(cublasLtCreate(&own.handle)); });
+  return own.handle;
 }
 
 cudaDataType type_of(DType dtype) {

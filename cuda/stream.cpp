@@ -3,6 +3,7 @@
 #include "device.hpp"
 #include "error.hpp"
 #include "findings.hpp"
+#include "lifetime.hpp"
 
 #include <array>
 #include <mutex>
@@ -10,17 +11,25 @@
 namespace knock::cuda {
 namespace {
 
-/// The stream of a device that all threads start with. It lives as long as the process: tensors of static duration are
-/// released on it.
+/// The streams that all threads start with, by device. They live as long as the process: tensors of static duration are
+/// released on them.
+struct OwnStream {
+  std::once_flag made;
+  cudaStream_t stream = nullptr;
+};
+std::array<OwnStream, max_devices> own_streams;
+
+void destroy_own_streams() {
+  for (OwnStream& own : own_streams)
+    if (own.stream) cudaStreamDestroy(own.stream);
+}
+
 cudaStream_t own_stream(int device) {
-  struct Slot {
-    std::once_flag made;
-    cudaStream_t stream = nullptr;
-  };
-  static std::array<Slot, max_devices> slots;
-  Slot& slot = slots[static_cast<std::size_t>(device)];
-  std::call_once(slot.made, [&] { KNOCK_CUDA(cudaStreamCreateWithFlags(&slot.stream, cudaStreamNonBlocking)); });
-  return slot.stream;
+  static std::once_flag noted;
+  std::call_once(noted, [] { at_shut_down(destroy_own_streams); });
+  OwnStream& own = own_streams[static_cast<std::size_t>(device)];
+  std::call_once(own.made, [&] { KNOCK_CUDA(cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking)); });
+  return own.stream;
 }
 
 thread_local std::array<cudaStream_t, max_devices> chosen{};  // null: the device's own

@@ -3,6 +3,7 @@
 #include "allocator.hpp"
 #include "device.hpp"
 #include "error.hpp"
+#include "lifetime.hpp"
 #include "stream.hpp"
 
 #include <algorithm>
@@ -46,6 +47,10 @@ class Staging {
     before.finish();
   }
 
+  void release() {
+    for (auto& buffer : buffers_) buffer.reset();
+  }
+
  private:
   struct Buffer {
     PinnedBuffer memory{static_cast<std::size_t>(bytes_each)};
@@ -79,10 +84,18 @@ class Staging {
   std::size_t next_ = 0;
 };
 
-Staging& staging() {
-  static auto* all = new std::array<Staging, max_devices>;  // never destroyed: the driver may be gone by then
-  return (*all)[static_cast<std::size_t>(current_device())];
+std::array<Staging, max_devices>& all_staging() {
+  static auto* all = new std::array<Staging, max_devices>;
+  static std::once_flag noted;
+  std::call_once(noted, [] {
+    at_shut_down([] {
+      for (Staging& staging : all_staging()) staging.release();
+    });
+  });
+  return *all;
 }
+
+Staging& staging() { return all_staging()[static_cast<std::size_t>(current_device())]; }
 
 }  // namespace
 

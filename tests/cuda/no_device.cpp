@@ -19,7 +19,7 @@ TEST_CASE("no device: asking for one is an error that says so, the CPU works") {
   } catch (const Error& error) {
     message = error.what();
   }
-  CHECK(message == "[device] cuda:0 asked for, but the NVIDIA driver shows no device");
+  CHECK(message == "[device] cuda:0 asked for, but no NVIDIA driver is installed (libcuda.so is missing)");
   CHECK(sum(ones({3})).item() == 3);
 }
 

@@ -119,19 +119,6 @@ const std::vector<Device>& devices() {
   return all;
 }
 
-namespace {
-
-/// Rows that need a kernel which the CUDA back-end does not have yet.
-constexpr std::string_view absent_on_cuda[] = {"ABSENT"};
-
-/// Whether a row may fail on the device for want of a kernel, and did.
-bool lacks_kernel(std::string_view op, Device device, const std::string& failure) {
-  return device.kind == knock::DeviceKind::cuda && failure.find("no kernel for") != std::string::npos &&
-         std::find(std::begin(absent_on_cuda), std::end(absent_on_cuda), op) != std::end(absent_on_cuda);
-}
-
-}  // namespace
-
 // Cases ---------------------------------------------------------------------------------------------------------------
 
 bool Case::integer() const {
@@ -178,7 +165,7 @@ void for_each_case(std::string_view family_name, DTypes dtypes, Body body) {
   const auto family =
       std::find_if(families().begin(), families().end(), [&](const Family& f) { return f.name == family_name; });
   REQUIRE(family != families().end());
-  int ops = 0, runs = 0, without_kernel = 0;
+  int ops = 0, runs = 0;
   for (const Row& row : family->rows) {
     int runs_of_op = 0;
     for (const Case& c : cases_of(*family)) {
@@ -194,10 +181,6 @@ void for_each_case(std::string_view family_name, DTypes dtypes, Body body) {
             failure = knock::text("threw ", error.what());
           }
           if (failure == skipped) continue;
-          if (lacks_kernel(row.op, device, failure)) {
-            ++without_kernel;
-            continue;
-          }
           ++runs_of_op;
           if (!failure.empty()) FAIL_CHECK(knock::text(c.name(), ", ", dtype, ", ", device, ": ", failure));
         }
@@ -207,7 +190,6 @@ void for_each_case(std::string_view family_name, DTypes dtypes, Body body) {
     ops += runs_of_op > 0;
   }
   MESSAGE(family_name, ": ", ops, " ops, ", runs, " checks");
-  if (without_kernel > 0) MESSAGE(family_name, ": ", without_kernel, " checks skipped, no CUDA kernel yet");
   CHECK(runs > 0);
 }
 
