@@ -17,7 +17,6 @@ inline float flush(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return (bits & 0x7f800000) == 0 ? std::bit_cast<float>(bits & 0x80000000) : x;
 }
-inline double flush(double x) { return x; }
 inline Half flush(Half x) { return (x.bits & 0x7c00) == 0 ? Half{static_cast<uint16_t>(x.bits & 0x8000)} : x; }
 inline BFloat flush(BFloat x) { return x; }
 template <class T>
@@ -27,7 +26,6 @@ inline Pair<T> flush(Pair<T> x) {
 
 /// Into [0, 1]; NaN becomes 0.
 inline float saturate(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
-inline double saturate(double x) { return x > 0 ? (x < 1 ? x : 1.0) : 0.0; }
 template <class T>
 requires(sizeof(T) == 2) inline T saturate(T x) { return narrow<T>(saturate(to_float(x))); }
 /// max(x, 0), where NaN stays.
