@@ -18,13 +18,16 @@ namespace {
 
 volatile std::sig_atomic_t interrupted = 0;
 
-void run(const std::string& folder, const std::string& prompt, bool bf16_weights, const train::SampleOptions& options) {
+void run(const std::string& folder, const std::string& prompt, bool bf16_weights, const std::string& device_name,
+         const train::SampleOptions& options) {
   train::check_options(options);
+  const Device device = train::usable_device(device_name);
   const train::Checkpoint checkpoint = train::open_checkpoint(folder);
   const data::Tokenizer tokenizer = checkpoint.tokenizer();
   const auto model = models::load(checkpoint.folder);
   model->absorb_knocks();
   if (bf16_weights) model->store_weights(DType::bf16);
+  model->to(device);
   const bool terminal = ::isatty(STDOUT_FILENO) == 1;
   const auto print = [terminal](std::string_view words) {
     const std::string piece = terminal ? train::printable(words) : std::string(words);
@@ -48,7 +51,7 @@ void run(const std::string& folder, const std::string& prompt, bool bf16_weights
 int main(int argc, char** argv) {
   CLI::App app{"Continues a text with a trained model.", "./run generate"};
   app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
-  std::string folder, prompt, precision = "f32";
+  std::string folder, prompt, precision = "f32", device;
   train::SampleOptions options;
   app.add_option("DIR", folder, "a run's folder, or one of its checkpoints")->required();
   app.add_option("--prompt", prompt, "what the text begins with");
@@ -62,6 +65,7 @@ int main(int argc, char** argv) {
                  "f32 or bf16: of weights and arithmetic; bf16 is faster and a little coarser")
       ->check(CLI::IsMember({"f32", "bf16"}))
       ->capture_default_str();
+  app.add_option("--device", device, "cpu or cuda:N; by default what KNOCK_DEVICE names, or cpu");
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp& help) {
@@ -72,7 +76,7 @@ int main(int argc, char** argv) {
   }
   std::signal(SIGINT, [](int) { interrupted = 1; });
   try {
-    run(folder, prompt, precision == "bf16", options);
+    run(folder, prompt, precision == "bf16", device, options);
     return 0;
   } catch (const std::exception& error) {
     std::fprintf(stderr, "generate: %s\n", train::one_line(error.what()).c_str());

@@ -111,6 +111,7 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"train.seed", "123456789012345"},
       {"train.precision", "bf16"},
       {"train.threads", "2"},
+      {"train.device", "cuda:1"},
       {"train.out_dir", "a = 'b'"},
       {"train.trace", "a trace.json"},
       {"train.eval_every", "7"},

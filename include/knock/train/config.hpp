@@ -31,6 +31,7 @@ struct TrainOptions {
   int64_t seed = 1;
   Precision precision = Precision::f32;
   int64_t threads = 0;
+  std::string device;  ///< cpu or cuda:N; empty: what KNOCK_DEVICE names, or cpu
   std::string out_dir = "build/runs/default";
   std::string trace;  ///< a file for a trace of a few steps; empty: none
   int64_t eval_every = 250;
@@ -85,6 +86,10 @@ std::string help_text();
 /// The first key, of those that begin with `section`, in which the two differ; empty when they agree.
 std::string differing_key(const Config& a, const Config& b, std::string_view section = "");
 
+/// The device of that name, or for an empty one that which the environment variable KNOCK_DEVICE names, or the CPU. An
+/// error when it cannot be used.
+Device usable_device(const std::string& name);
+
 /// A message as one line of printable text, at most `limit` bytes: what a program says before it gives up.
 std::string one_line(std::string_view message, std::size_t limit = 280);
 
@@ -97,6 +102,7 @@ std::string one_line(std::string_view message, std::size_t limit = 280);
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <sstream>
 #include <type_traits>
@@ -190,6 +196,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.seed", t.seed, "seed of initial weights and of the order of the data", Range{0, 1e15});
   key("train.precision", t.precision, "of activations and products; weights are kept in f32");
   key("train.threads", t.threads, "0: as many as OpenMP chooses", Range{0, 4096});
+  key("train.device", t.device, "cpu or cuda:N; empty: what KNOCK_DEVICE names, or cpu");
   key("train.out_dir", t.out_dir, "folder of the log, the curves and the checkpoints");
   key("train.trace", t.trace, "a file for a Chrome trace of three steps, after two to warm up; empty: none");
   key("train.eval_every", t.eval_every, "steps between evaluations, 0: only at the end", Range{0, 1e9});
@@ -388,6 +395,14 @@ KNOCK_FUNC void apply_override(Config& config, std::string_view assignment) {
   detail::store_key(config, key, *table.get("value"));
 }
 
+KNOCK_FUNC Device usable_device(const std::string& name) {
+  const char* const from_environment = std::getenv("KNOCK_DEVICE");
+  const std::string wanted = !name.empty() ? name : from_environment ? from_environment : "";
+  const Device device(wanted.empty() ? "cpu" : wanted);
+  synchronize(device);  // throws when there is no such device
+  return device;
+}
+
 KNOCK_FUNC void check_config(const Config& config) {
   detail::visit_keys(config, [](std::string_view key, const auto& place, std::string_view, detail::Range range = {}) {
     if constexpr (detail::is_number<std::remove_cvref_t<decltype(place)>>)
@@ -399,6 +414,7 @@ KNOCK_FUNC void check_config(const Config& config) {
     const std::string_view message = error.what();  // "[part] key ..." becomes "[config] model: key ..."
     fail("config", "model: ", message.substr(message.find("] ") + 2));
   }
+  if (!config.train.device.empty()) static_cast<void>(Device(config.train.device));  // throws for an unknown name
   check(!config.train.out_dir.empty(), "config", "train.out_dir must not be empty");
   check(config.optim.warmup < 1 || config.optim.warmup <= static_cast<double>(config.train.steps), "config",
         "optim.warmup = ", config.optim.warmup, " exceeds train.steps = ", config.train.steps);

@@ -142,6 +142,7 @@ KNOCK_FUNC GenerateStats generate(models::MoeLm& model, const data::Tokenizer& t
   std::vector<int64_t> input = {tokenizer.eos_id()};
   for (const int32_t id : tokenizer.encode_ordinary(prompt)) input.push_back(id);
   auto caches = model.make_caches();
+  const Device device = model.parameters().front().device();
   std::string pending;
   GenerateStats stats{.prompt_tokens = static_cast<int64_t>(input.size())};
   const auto now = [] {
@@ -150,8 +151,8 @@ KNOCK_FUNC GenerateStats generate(models::MoeLm& model, const data::Tokenizer& t
   const double start = now();
   for (int64_t i = 0; i < options.max_tokens; ++i) {
     const auto length = static_cast<int64_t>(input.size());
-    const Tensor logits =
-        model.forward(from_data(input, {1, length}), {.caches = &caches, .last_only = true});  // (1, 1, V)
+    const Tensor tokens = from_data(input, {1, length}).to(device);
+    const Tensor logits = model.forward(tokens, {.caches = &caches, .last_only = true});  // (1, 1, V)
     const auto values = logits.to_vector<float>();
     const auto random = philox4x32(options.seed, static_cast<uint64_t>(i), 0);
     const auto usable = std::span(values).first(static_cast<std::size_t>(tokenizer.vocab_size()));

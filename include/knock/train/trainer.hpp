@@ -95,6 +95,7 @@ class Trainer {
   void draw_curves() const;
 
   Config config_;
+  Device device_;
   data::Corpus corpus_;
   data::Tokenizer tokenizer_;
   std::vector<int32_t> train_tokens_, valid_tokens_;
@@ -205,6 +206,7 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint& checkpoint) : Train
 
 KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
     : config_(std::move(config)),
+      device_(usable_device(config_.train.device)),
       corpus_(data::read_corpus(config_.data.path, {.val_fraction = config_.data.val_fraction})),
       tokenizer_(detail::make_tokenizer(config_, corpus_, checkpoint)),
       train_tokens_(data::tokenize(corpus_.train, tokenizer_)),
@@ -244,6 +246,7 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
 
 KNOCK_FUNC void Trainer::build_model() {
   model_ = std::make_unique<models::MoeLm>(config_.model);
+  model_->to(device_);
   model_->set_compute_dtype(config_.train.precision == Precision::bf16 ? DType::bf16 : DType::f32);
 }
 
@@ -272,8 +275,8 @@ KNOCK_FUNC models::LmInputs Trainer::lm_inputs(const Tensor& tokens) const {
 
 /// The loss of a batch, summed over its targets.
 KNOCK_FUNC Tensor Trainer::batch_loss(const data::Batch& batch) {
-  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
-  return model_->loss(tokens, from_data(batch.targets, {batch.rows, batch.seq_len}),
+  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len}).to(device_);
+  return model_->loss(tokens, from_data(batch.targets, {batch.rows, batch.seq_len}).to(device_),
                       {.ignore_index = data::ignored_target, .reduction = Reduction::sum}, lm_inputs(tokens));
 }
 
@@ -287,7 +290,7 @@ KNOCK_FUNC Tensors Trainer::step_loads() {
   const RngState random = rng_state();  // the forwards with gradients draw the same
   for (const data::Batch& batch : batches_) {
     if (stop_requested) break;
-    const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len});
+    const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len}).to(device_);
     model_->hidden(tokens, lm_inputs(tokens));
   }
   set_rng_state(random);
