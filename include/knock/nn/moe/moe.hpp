@@ -108,7 +108,7 @@ KNOCK_FUNC Tensor MoE::dropped() const { return kept_.defined() ? sum((kept_ < 0
 
 KNOCK_FUNC void MoE::count() {
   const NoGradGuard no_grad;
-  for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max}) 
+  for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max})
     *counter = counter->to(routing_.logits.device());
   health_.load.add_(load());
   health_.dropped.add_(dropped());
