@@ -61,6 +61,14 @@ bool fits_kind(const Copy& copy, cudaMemcpyKind kind) {
   return false;
 }
 
+// A device copies in any order, so the result would be anything.
+bool overlaps(const Copy& copy) {
+  if (copy.to >= copy.from + copy.from_bytes() || copy.from >= copy.to + copy.to_bytes()) return false;
+  report(std::string(copy.function) + " between overlapping ranges, " + describe_address(copy.from) + " and " +
+         describe_address(copy.to));
+  return true;
+}
+
 char* bytes_of(const char* address) { return is_device(address) ? bytes_at(address) : host_bytes(address); }
 
 void count(const Copy& copy) {
@@ -113,7 +121,7 @@ cudaError_t submit_copy(const Copy& copy, cudaMemcpyKind kind, cudaStream_t hand
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
   if (copy.width == 0 || copy.rows == 0) return cudaSuccess;
   if (!fits_kind(copy, kind)) return cudaErrorInvalidMemcpyDirection;
-  if (!check_ranges(copy)) return cudaErrorInvalidValue;
+  if (!check_ranges(copy) || overlaps(copy)) return cudaErrorInvalidValue;
   if (is_capturing(*stream)) return submit(handle, {copy.function, [=] { run(copy); }, host_use(copy)});
   if (place_of(copy.from) == Place::host) return submit(handle, staged(copy));
   const auto error = submit(handle, {copy.function, [=] { run(copy); }, host_use(copy)});

@@ -8,8 +8,8 @@
 
 namespace cuda_sim {
 
-/// By the kernel's name as C++ shows it; a library's operations ("cublasLt f32 128x64x32") and copies ("copy to
-/// device") are among them.
+/// By the kernel's name as C++ shows it, without parameters. Among them are what is no kernel of the program: products
+/// ("cublasLt f32 128x64x32", m, n, k), "copy to device", "copy to host", "copy on device", "fill" and "graph launch".
 const std::map<std::string, Counters>& kernel_counters();
 void reset_kernel_counters();
 

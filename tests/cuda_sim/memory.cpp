@@ -16,6 +16,7 @@ namespace cuda_sim {
 namespace {
 
 constexpr std::size_t page = 4096, alignment = 256;
+constexpr std::size_t remembered_ranges = 1 << 16;  // of freed memory, to name them in findings
 constexpr int max_devices = 8;
 
 std::size_t round_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -121,6 +122,7 @@ bool release(void* data) {
   give_back_bytes(range);
   if (!range.owned_by_module) all.use.at(static_cast<std::size_t>(range.device)).used -= range.bytes;
   all.freed[range.data] = range;
+  if (all.freed.size() > remembered_ranges) all.freed.erase(all.freed.begin());  // the oldest
   all.live.erase(found);
   return true;
 }

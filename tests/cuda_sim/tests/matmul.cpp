@@ -10,6 +10,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -336,23 +337,29 @@ struct Planned {
   bool written = true, workspace = true;
 };
 
+cublasLtMatmulHeuristicResult_t plan(const Setup& setup, cublasLtMatrixLayout_t layout, uint32_t a_alignment,
+                                     uint64_t most_workspace) {
+  cublasLtMatmulPreference_t preference = nullptr;
+  cublasLtMatmulPreferenceCreate(&preference);
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most_workspace,
+                                       sizeof most_workspace);
+  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &a_alignment,
+                                       sizeof a_alignment);
+  cublasLtMatmulHeuristicResult_t result;
+  int found = 0;
+  cublasLtMatmulAlgoGetHeuristic(setup.handle, setup.description, layout, layout, layout, layout, preference, 1,
+                                 &result, &found);
+  cublasLtMatmulPreferenceDestroy(preference);
+  return result;
+}
+
 cublasStatus_t run_planned(const Planned& of) {
   const Operand<float> square(8, 8, 1, false, 0);
   const DeviceVector<float> a(of.a_offset + of.a_size), b(std::vector<float>(64)), d(64), workspace(1 << 18);
   if (of.written) cudaMemset(a.data(), 0, a.bytes());
   Setup setup(CUBLAS_COMPUTE_32F, CUDA_R_32F);
   auto* layout = setup.layout(square);
-  cublasLtMatmulPreference_t preference = nullptr;
-  cublasLtMatmulPreferenceCreate(&preference);
-  const uint64_t most = workspace.bytes();
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most);
-  cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &of.a_alignment,
-                                       sizeof of.a_alignment);
-  cublasLtMatmulHeuristicResult_t result;
-  int found = 0;
-  cublasLtMatmulAlgoGetHeuristic(setup.handle, setup.description, layout, layout, layout, layout, preference, 1,
-                                 &result, &found);
-  cublasLtMatmulPreferenceDestroy(preference);
+  const auto result = plan(setup, layout, of.a_alignment, workspace.bytes());
   const float alpha = 1, beta = 0;
   const auto status =
       cublasLtMatmul(setup.handle, setup.description, &alpha, a.data() + of.a_offset, layout, b.data(), layout, &beta,
@@ -379,6 +386,41 @@ TEST_CASE("cublasLt: its operands are checked") {
   CHECK(finds({.a_size = 63}, "A of 256 bytes from byte 0 of"));
   CHECK(finds({.written = false}, "as A, reads byte 0"));
   CHECK(finds({.workspace = false}, "needs a workspace"));
+}
+
+namespace {
+
+// Two products on two streams that nothing orders, each with its workspace or both with one.
+void run_beside(bool share) {
+  const Operand<float> square(8, 8, 1, false, 0);
+  const DeviceVector<float> a(std::vector<float>(64)), first(64), second(64), workspace(1 << 16), other(1 << 16);
+  cudaDeviceSynchronize();
+  std::array<cudaStream_t, 2> streams{};
+  for (auto& stream : streams) cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  {
+    Setup setup(CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    const auto result = plan(setup, setup.layout(square), 256, workspace.bytes());
+    const float alpha = 1, beta = 0;
+    for (int i = 0; i < 2; ++i) {
+      const auto& d = i == 0 ? first : second;
+      const auto& scratch = i == 0 || share ? workspace : other;
+      auto* layout = setup.layouts.front();
+      cublasLtMatmul(setup.handle, setup.description, &alpha, a.data(), layout, a.data(), layout, &beta, d.data(),
+                     layout, d.data(), layout, &result.algo, scratch.data(), result.workspaceSize,
+                     streams[static_cast<std::size_t>(i)]);
+    }
+  }
+  cudaDeviceSynchronize();
+  for (auto* stream : streams) cudaStreamDestroy(stream);
+}
+
+}  // namespace
+
+TEST_CASE("cublasLt: two streams must not share a workspace") {
+  CHECK(run_in_child([] { run_beside(false); }).findings == "");
+  const auto shared = run_in_child([] { run_beside(true); });
+  CHECK(shared.exit_code == 1);
+  CHECK(shared.findings.find("no event or wait orders them") != std::string::npos);
 }
 
 TEST_CASE("cublasLt: launches, operations and bytes are counted") {

@@ -330,6 +330,13 @@ void copy_of_a_copy() {
 }
 
 template <bool wrong>
+void copy_to_overlapping() {
+  const DeviceVector<float> x(counting(32));
+  cudaMemcpy(x.data() + (wrong ? 15 : 16), x.data(), 16 * sizeof(float), cudaMemcpyDeviceToDevice);
+  cudaDeviceSynchronize();
+}
+
+template <bool wrong>
 void fill_too_long() {
   const DeviceVector<float> x(32);
   cudaMemset(x.data(), 0, wrong ? bytes + 1 : bytes);
@@ -543,6 +550,7 @@ std::vector<PlantedBug> planted_runtime_bugs() {
       bug("copy of freed memory", "freed memory", BOTH(copy_of_freed)),
       bug("copy of what was not written", "byte 124 of", BOTH(copy_of_what_was_not_written)),
       bug("copy of a copy of it", "byte 124 of", BOTH(copy_of_a_copy)),
+      bug("copy to an overlapping range", "overlapping", BOTH(copy_to_overlapping)),
       bug("fill too long", "cudaMemset writes 129 bytes", BOTH(fill_too_long)),
       bug("fill of host memory", "cudaMemset of host memory", BOTH(fill_of_host_memory)),
       bug("copy past the end of a symbol", "of a symbol of 32", BOTH(symbol_too_long)),
