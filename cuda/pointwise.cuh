@@ -2,15 +2,16 @@
 // One kernel for all pointwise work: out_i = f(in_i...), for arrays of one shape with any strides and dtypes.
 //
 // A functor is compiled once per type that it computes in (f32, also for bf16; f64; i64 for all integers). Operands are
-// dense (read in packs of four), a number, one element for all, or anything else; the kernel tells them apart by its
-// arguments, so the number of kernels is functors x 3 whatever the layout.
+// read in packs of four along the innermost axis where they are dense there, or one element for all of it, or a number,
+// or element by element; the kernel tells them apart by its arguments, so the number of kernels is functors x 3
+// whatever the layout.
 
 #include "iterate.cuh"
 #include "launch.cuh"
 
 namespace knock::cuda {
 
-/// How an input is read where all arrays are read in packs.
+/// How an input is read where packs are written.
 enum class Access : uint8_t { packs, element, number };
 
 /// An input of a pointwise kernel: an array, or a number in the type of the computation.
@@ -46,14 +47,17 @@ __global__ void __launch_bounds__(256)
     pointwise_kernel(const __grid_constant__ F f, const __grid_constant__ PointwiseArguments<C, Inputs, Outputs> a) {
   const int64_t first = thread_in_grid(), step = threads_in_grid();
   for (int64_t i = 4 * first; i < a.packed; i += 4 * step) {
+    int64_t at[Inputs + Outputs];
+    a.walk.offsets(i, at);
     C in[Inputs][4], out[Outputs][4];
 #pragma unroll
     for (int k = 0; k < Inputs; ++k) {
+      const void* const data = a.data[Outputs + k];
+      const DType dtype = a.dtype[Outputs + k];
       if (a.access[k] == Access::packs) {
-        load_pack(a.data[Outputs + k], a.dtype[Outputs + k], i, in[k]);
+        load_pack(data, dtype, at[Outputs + k], in[k]);
       } else {
-        const C value =
-            a.access[k] == Access::number ? a.number[k] : load<C>(a.data[Outputs + k], a.dtype[Outputs + k], 0);
+        const C value = a.access[k] == Access::number ? a.number[k] : load<C>(data, dtype, at[Outputs + k]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) in[k][j] = value;
       }
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(256)
       for (int k = 0; k < Outputs; ++k) out[k][j] = result[k];
     }
 #pragma unroll
-    for (int k = 0; k < Outputs; ++k) store_pack(a.data[k], a.dtype[k], i, out[k]);
+    for (int k = 0; k < Outputs; ++k) store_pack(a.data[k], a.dtype[k], at[k], out[k]);
   }
   for (int64_t i = a.packed + first; i < a.walk.n; i += step) {
     int64_t at[Inputs + Outputs];
@@ -84,10 +88,22 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-inline bool is_constant(const Array& array) {
-  for (int64_t i = 0; i < array.rank(); ++i)
-    if (array.strides[i] != 0 && array.shape[i] != 1) return false;
-  return true;
+/// Whether array k of a walk can be moved as C in packs: it is dense along the innermost axis, and packs are aligned.
+template <class C, int K>
+bool is_packed(const Walk<K>& walk, int k, const Array& array) {
+  bool packed = walk.strides[0][k] == 1 && moves_packs<C>(array.dtype) &&
+                reinterpret_cast<std::uintptr_t>(array.data) % (4 * size_of(array.dtype)) == 0;
+  for (int axis = 1; axis < walk.rank; ++axis) packed = packed && walk.strides[axis][k] % 4 == 0;
+  return packed;
+}
+
+/// How an input is read, and whether packs can be made of it at all.
+template <class C, int K>
+Access access_of(const Walk<K>& walk, int k, const Input& input, bool& packs) {
+  if (input.is_number) return Access::number;
+  if (walk.strides[0][k] == 0) return Access::element;
+  packs = packs && is_packed<C>(walk, k, input.array);
+  return Access::packs;
 }
 
 /// Launches the kernel of functor F, computing in C.
@@ -97,23 +113,20 @@ void apply(const char* name, const F& f, const std::array<const Array*, Outputs>
   constexpr int in = static_cast<int>(Inputs), out = static_cast<int>(Outputs);
   PointwiseArguments<C, in, out> a;
   std::array<const Array*, Inputs + Outputs> arrays;
-  bool packs = true;
-  for (std::size_t k = 0; k < Outputs; ++k) {
-    arrays[k] = outputs[k];
-    packs = packs && moves_packs<C>(outputs[k]->dtype) && is_packed(*outputs[k]);
-  }
-  for (std::size_t k = 0; k < Inputs; ++k) {
-    const Input& input = inputs[k];
-    arrays[Outputs + k] = &input.array;
-    a.access[k] = input.is_number ? Access::number : is_constant(input.array) ? Access::element : Access::packs;
-    a.number[k] = std::is_integral_v<C> ? static_cast<C>(input.integer) : static_cast<C>(input.real);
-    if (a.access[k] == Access::packs) packs = packs && moves_packs<C>(input.array.dtype) && is_packed(input.array);
-  }
+  for (std::size_t k = 0; k < Outputs; ++k) arrays[k] = outputs[k];
+  for (std::size_t k = 0; k < Inputs; ++k) arrays[Outputs + k] = &inputs[k].array;
   for (std::size_t k = 0; k < Inputs + Outputs; ++k) {
     a.data[k] = arrays[k]->data;
     a.dtype[k] = arrays[k]->dtype;
   }
   a.walk = Walk<in + out>(arrays);
+  if (a.walk.n == 0) return;
+  bool packs = a.walk.rank == 1 || a.walk.extents[0] % 4 == 0;
+  for (int k = 0; k < out; ++k) packs = packs && is_packed<C>(a.walk, k, *arrays[static_cast<std::size_t>(k)]);
+  for (std::size_t k = 0; k < Inputs; ++k) {
+    a.access[k] = access_of<C>(a.walk, out + static_cast<int>(k), inputs[k], packs);
+    a.number[k] = std::is_integral_v<C> ? static_cast<C>(inputs[k].integer) : static_cast<C>(inputs[k].real);
+  }
   a.packed = packs ? a.walk.n / 4 * 4 : 0;
   launch(name, pointwise_kernel<F, C, in, out>, grid_for(a.walk.n, packs ? 4 : 1), f, a);
 }
