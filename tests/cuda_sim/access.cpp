@@ -72,23 +72,50 @@ uint32_t wavefronts_of(const Request& request, uint32_t mask) {
   return most;
 }
 
+/// The lanes whose address is not that of the lane before, among those served together.
+uint32_t lanes_that_differ(const Request& request, uint32_t together) {
+  uint8_t differ[warp_size];
+  for (uint32_t l = 1; l < warp_size; ++l) differ[l] = request.addresses[l] != request.addresses[l - 1] ? 1 : 0;
+  for (uint32_t l = 0; l < warp_size; l += together) differ[l] = 1;
+  return pack_bits(differ);
+}
+
+/// The banks that the lanes use are all different, within each part of the warp that is served together: a bank, or as
+/// many of them as a lane needs, is one bit.
+bool without_conflict(const Request& request, uint32_t mask, uint32_t together) {
+  const uint64_t unit = std::max<uint64_t>(request.bytes, 4);
+  const auto shift = static_cast<uint32_t>(std::countr_zero(unit));
+  const uint32_t counted = mask == all_lanes ? lanes_that_differ(request, together) : mask;
+  uint32_t used = 0;
+  for (uint32_t l = 0; l < warp_size; ++l) {
+    const uint32_t bank = static_cast<uint32_t>(request.addresses[l] >> shift) % together + l / together * together;
+    used |= is_active(counted, l) ? 1u << bank : 0;
+  }
+  return std::popcount(used) == std::popcount(counted);
+}
+
+uint32_t nonempty_parts(uint32_t mask, uint32_t together) {
+  uint32_t parts = 0;
+  for (uint32_t first = 0; first < warp_size; first += together) {
+    parts += (mask >> first & (all_lanes >> (warp_size - together))) != 0;
+  }
+  return parts;
+}
+
 /// Lanes of 8 bytes are served in two halves of the warp, lanes of 16 in four quarters; ideally each in one wavefront.
 void count_shared(const Warp& warp, const Request& request, uint32_t mask, bool consecutive) {
   Counters& counters = *warp.machine->counters;
   const uint32_t together = request.bytes <= 4 ? 32 : request.bytes == 8 ? 16 : 8;
+  const uint32_t parts = nonempty_parts(mask, together);
   ++counters.shared_requests;
-  if (consecutive || is_progression(request, 0)) {
-    const uint32_t parts = consecutive ? warp_size / together : 1;
+  counters.shared_ideal_wavefronts += parts;
+  if (consecutive || without_conflict(request, mask, together)) {
     counters.shared_wavefronts += parts;
-    counters.shared_ideal_wavefronts += parts;
     return;
   }
-  const uint32_t part_mask = together == 32 ? all_lanes : (1u << together) - 1;
   for (uint32_t first = 0; first < warp_size; first += together) {
-    const uint32_t part = mask & (part_mask << first);
-    if (part == 0) continue;
-    counters.shared_wavefronts += wavefronts_of(request, part);
-    ++counters.shared_ideal_wavefronts;
+    const uint32_t part = mask & (all_lanes >> (warp_size - together) << first);
+    if (part != 0) counters.shared_wavefronts += wavefronts_of(request, part);
   }
 }
 
@@ -306,6 +333,8 @@ void load(Warp& warp, const Instruction& in) {
       CUDA_SIM_LANES for (uint32_t l = 0; l < warp_size; ++l) {
         d[l] = to_register<R>(read_as<M>(from + l * sizeof(M) * n));
       }
+    } else if (reach.lanes == all_lanes) {
+      for (uint32_t l = 0; l < warp_size; ++l) d[l] = to_register<R>(read_as<M>(reach.at[l] + i * sizeof(M)));
     } else {
       for_active(reach.lanes, [&](uint32_t l) { d[l] = to_register<R>(read_as<M>(reach.at[l] + i * sizeof(M))); });
       for_active(refused, [&](uint32_t l) { d[l] = 0; });

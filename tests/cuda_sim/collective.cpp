@@ -74,28 +74,23 @@ void shuffle(Warp& warp, const Instruction& in) {
   set_predicate(warp, in.slots[1], inside);
 }
 
-/// The usual shuffle: all lanes, one segment, everyone the same distance, known while parsing (`immediate`).
+/// The usual shuffle: all lanes, one segment. What b says may differ from lane to lane.
 template <Shuffle mode>
 void shuffle_all(Warp& warp, const Instruction& in) {
   if (warp.mask != all_lanes) return shuffle(warp, in);
   uint32_t* const d = lanes<uint32_t>(warp, in.slots[0]);
-  const uint32_t* const a = lanes<uint32_t>(warp, in.slots[2]);
-  const uint32_t by = static_cast<uint32_t>(in.immediate) & 31;
-  std::array<uint32_t, warp_size> values;
-  std::copy_n(a, warp_size, values.begin());
-  uint32_t inside = all_lanes;
-  if constexpr (mode == butterfly) {
-    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[l ^ by];
-  } else if constexpr (mode == index) {
-    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[by];
-  } else if constexpr (mode == down) {
-    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[l + by < warp_size ? l + by : l];
-    inside = all_lanes >> by;
-  } else {
-    for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[l >= by ? l - by : l];
-    inside = all_lanes << by;
+  const uint32_t *const a = lanes<uint32_t>(warp, in.slots[2]), *const b = lanes<uint32_t>(warp, in.slots[3]);
+  alignas(64) std::array<uint32_t, warp_size> values, from;
+  uint8_t inside[warp_size];
+  for (uint32_t l = 0; l < warp_size; ++l) {
+    const uint32_t by = b[l] & 31;
+    const uint32_t other = mode == butterfly ? l ^ by : mode == index ? by : mode == down ? l + by : l - by;
+    inside[l] = other < warp_size ? 1 : 0;
+    from[l] = other < warp_size ? other : l;
+    values[l] = a[l];
   }
-  set_predicate(warp, in.slots[1], inside);
+  for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[from[l]];
+  set_predicate(warp, in.slots[1], pack_bits(inside));
 }
 
 bool is_immediate(const Operand& operand, uint64_t value) {
@@ -109,13 +104,10 @@ void decode_shuffle(Statement& s) {
   if (type != Type::b32) throw Unsupported("not for this type");
   in.option = static_cast<uint8_t>(mode);
   in.run = shuffle;
-  const Operand& distance = s.operand(2);
-  const bool whole_warp = is_immediate(s.operand(3), mode == up ? 0 : 31);
-  if (distance.kind == Operand::Kind::immediate && whole_warp) {
+  if (is_immediate(s.operand(3), mode == up ? 0 : 31)) {
     static constexpr Handler handlers[] = {shuffle_all<up>, shuffle_all<down>, shuffle_all<butterfly>,
                                            shuffle_all<index>};
     in.run = handlers[mode];
-    in.immediate = static_cast<int64_t>(distance.value);
   }
   in.slots[0] = s.destination(0, type);
   in.slots[1] = s.second_destination(0);

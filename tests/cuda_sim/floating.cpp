@@ -227,7 +227,7 @@ struct HighHalf {
 
 /// 2^a: 2^n by its exponent, 2^f for |f| <= 1/2 by its series, in double.
 struct Exp2 {
-  float operator()(float a) const {
+  [[gnu::always_inline]] float operator()(float a) const {
     const float limited = a > -160.0f ? (a < 130.0f ? a : 130.0f) : -160.0f;
     const double x = limited, n = std::nearbyint(x), f = (x - n) * 0.69314718055994530942;
     double sum = 1.0 / 39916800;
@@ -242,7 +242,7 @@ struct Exp2 {
 
 /// log2 a: the exponent, and 2 / ln 2 artanh((m - 1) / (m + 1)) of the mantissa m in [1/sqrt 2, sqrt 2), in double.
 struct Log2 {
-  float operator()(float a) const {
+  [[gnu::always_inline]] float operator()(float a) const {
     const uint64_t bits = std::bit_cast<uint64_t>(double{a});
     const int64_t shifted = static_cast<int64_t>(bits - 0x3fe6a09e667f3bcd);  // the bits of 1/sqrt 2
     const double exponent = static_cast<double>(static_cast<int32_t>(shifted >> 52));
