@@ -438,7 +438,8 @@ Space take_space(Statement& s) {
   if (shared) return Space::shared;
   if (s.take("local")) return Space::local;
   if (s.take("const")) return Space::constant;
-  return s.take("param") || s.take("param::entry") || s.take("param::func") ? Space::param : Space::generic;
+  const bool parameter = s.take("param") || s.take("param::entry") || s.take("param::func");
+  return parameter ? s.parameter_space() : Space::generic;
 }
 
 /// What says how caches are used changes nothing here; what says how accesses are ordered makes them atomic.

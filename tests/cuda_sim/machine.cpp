@@ -71,19 +71,29 @@ void number_instructions(const Function& function) {
   next += static_cast<uint32_t>(function.code.size());
 }
 
+std::string file_of(const Function& function, uint32_t number) {
+  const auto file = function.module->files.find(number);
+  return file == function.module->files.end() ? "" : file->second;
+}
+
+/// "attention.cu:12"; of code in CUDA's own headers the line that it was inlined to.
+std::string place_of(const Function& function, const Origin& origin) {
+  if (origin.file == 0) return "ptx:" + std::to_string(origin.ptx_line);
+  std::string path = file_of(function, origin.file);
+  uint32_t line = origin.line;
+  if (origin.caller_file != 0 && path.find("/targets/") != std::string::npos) {
+    path = file_of(function, origin.caller_file);
+    line = origin.caller_line;
+  }
+  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(line);
+}
+
 std::string describe_instruction(const Function& function, std::size_t index) {
   const Origin& origin = function.origins.at(index);
-  std::string place = "ptx:" + std::to_string(origin.ptx_line);
-  if (origin.file != 0) {
-    const auto file = function.module->files.find(origin.file);
-    const std::string path = file == function.module->files.end() ? "?" : file->second;
-    place = path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(origin.line);
-  }
   const std::string_view text = origin.text;
-  std::string opcode(
-      text.substr(0, text.find_first_of(" \t\n", text.starts_with("@") ? text.find_first_of(" \t") + 1 : 0)));
-  std::ranges::replace(opcode, '\t', ' ');
-  return place + " [" + opcode + "]";
+  const std::size_t opcode = text.starts_with("@") ? text.find_first_not_of(" \t", text.find_first_of(" \t")) : 0;
+  const std::size_t end = text.find_first_of(" \t\n", opcode);
+  return place_of(function, origin) + " [" + std::string(text.substr(opcode, end - opcode)) + "]";
 }
 
 std::string describe_number(uint32_t number) {

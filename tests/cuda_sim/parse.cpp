@@ -162,6 +162,8 @@ class Parser final : public FunctionBuilder {
     return slot;
   }
 
+  bool is_entry() const override { return function_->entry; }
+
   Slot sink(bool wide) override {
     if (!sinks_[wide]) sinks_[wide] = new_slots(wide ? 2 : 1);
     return *sinks_[wide];
@@ -407,7 +409,7 @@ class Parser final : public FunctionBuilder {
     tables_.clear();
     relocated_.clear();
     sinks_ = {};
-    file_ = line_ = 0;
+    file_ = line_ = caller_file_ = caller_line_ = 0;
     function.predicates = first_predicate;
     if (!function.entry) {
       scopes_.emplace_back();
@@ -423,7 +425,7 @@ class Parser final : public FunctionBuilder {
     Instruction last;
     last.flow = Flow::ret;
     const uint32_t line = at_ > 0 ? tokens_[at_ - 1].line : 0;
-    add_instruction(last, {"ret", line, file_, line_, {}});
+    add_instruction(last, origin("ret", line));
     for (const auto& [index, label, line_of_use] : branches_) {
       function_->code[index].target = find_label(label, line_of_use);
     }
@@ -516,6 +518,7 @@ class Parser final : public FunctionBuilder {
   void parse_location() {
     file_ = static_cast<uint32_t>(integer());
     line_ = static_cast<uint32_t>(integer());
+    caller_file_ = caller_line_ = 0;
     integer();
     while (eat(",")) {
       const std::string_view word = next();
@@ -523,7 +526,9 @@ class Parser final : public FunctionBuilder {
         next();
         if (eat("+")) integer();
       } else if (word == "inlined_at") {
-        for (int i = 0; i < 3; ++i) integer();
+        caller_file_ = static_cast<uint32_t>(integer());
+        caller_line_ = static_cast<uint32_t>(integer());
+        integer();
       } else {
         fail("unknown part of .loc");
       }
@@ -685,9 +690,13 @@ class Parser final : public FunctionBuilder {
     return it == function_->parameters.end() ? nullptr : &*it;
   }
 
-  void add_instruction(const Instruction& instruction, Origin origin) {
+  Origin origin(std::string_view text, uint32_t ptx_line) const {
+    return {text, ptx_line, file_, line_, caller_file_, caller_line_, {}};
+  }
+
+  void add_instruction(const Instruction& instruction, Origin place) {
     function_->code.push_back(instruction);
-    function_->origins.push_back(std::move(origin));
+    function_->origins.push_back(std::move(place));
   }
 
   void parse_instruction() {
@@ -714,11 +723,11 @@ class Parser final : public FunctionBuilder {
     const Token& last = tokens_[at_];
     expect(";");
     const char* begin = tokens_[first].text.data();
-    Origin origin{{begin, static_cast<std::size_t>(last.text.data() - begin)}, tokens_[opcode].line, file_, line_, {}};
+    Origin place = origin({begin, static_cast<std::size_t>(last.text.data() - begin)}, tokens_[opcode].line);
     if (guard.flow == Flow::call) {
-      add_instruction(guard, std::move(origin));
+      add_instruction(guard, std::move(place));
     } else {
-      decode(word, std::move(operands), guard, std::move(origin));
+      decode(word, std::move(operands), guard, std::move(place));
     }
   }
 
@@ -739,20 +748,20 @@ class Parser final : public FunctionBuilder {
     return operands;
   }
 
-  void decode(std::string_view word, std::vector<Operand> operands, const Instruction& guard, Origin origin) {
+  void decode(std::string_view word, std::vector<Operand> operands, const Instruction& guard, Origin place) {
     const std::vector<int> relocations = address_relocations(operands);
     Statement statement(word, std::move(operands), *this);
     try {
       decode_statement(statement);
     } catch (const Unsupported& error) {
-      origin.unsupported = error.what();
+      place.unsupported = error.what();
       statement.instruction = {};
       statement.instruction.run = unsupported_instruction;
     }
     statement.instruction.guard = guard.guard;
     statement.instruction.guard_negated = guard.guard_negated;
     for (const int variable : relocations) draft_->relocations.push_back({false, function_->code.size(), variable});
-    add_instruction(statement.instruction, std::move(origin));
+    add_instruction(statement.instruction, std::move(place));
   }
 
   static std::vector<int> address_relocations(const std::vector<Operand>& operands) {
@@ -919,7 +928,7 @@ class Parser final : public FunctionBuilder {
   std::unordered_map<std::string_view, std::size_t> tables_index_;
   std::set<std::size_t> relocated_;
   std::array<std::optional<Slot>, 2> sinks_;
-  uint32_t file_ = 0, line_ = 0;
+  uint32_t file_ = 0, line_ = 0, caller_file_ = 0, caller_line_ = 0;
 };
 
 }  // namespace

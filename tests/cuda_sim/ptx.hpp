@@ -53,8 +53,9 @@ static_assert(sizeof(Instruction) == 64);
 struct Origin {
   std::string_view text;  ///< of the PTX, without the semicolon
   uint32_t ptx_line = 0;
-  uint32_t file = 0, line = 0;  ///< of the program, by `.loc`; 0 without
-  std::string unsupported;      ///< why the machine cannot execute it, when it cannot
+  uint32_t file = 0, line = 0;                ///< of the program, by `.loc`; 0 without
+  uint32_t caller_file = 0, caller_line = 0;  ///< where the function that holds the line was inlined; 0: it was not
+  std::string unsupported;                    ///< why the machine cannot execute it, when it cannot
 };
 
 struct Parameter {

@@ -74,6 +74,7 @@ class FunctionBuilder {
   virtual ~FunctionBuilder() = default;
   /// The slot of a constant of 4 or 8 bytes, the same for all lanes.
   virtual Slot constant(uint64_t value, bool wide, int relocation) = 0;
+  virtual bool is_entry() const = 0;
   /// A slot that nobody reads.
   virtual Slot sink(bool wide) = 0;
 };
@@ -114,6 +115,8 @@ class Statement {
   Slot predicate_destination(std::size_t index);
   Slot second_destination(std::size_t index);
   uint64_t immediate(std::size_t index) const;
+  /// Where `.param` memory is: of a kernel its parameters, of a device function its own local memory.
+  Space parameter_space() const { return function_.is_entry() ? Space::param : Space::local; }
   /// The address's base; its offset goes to `instruction.immediate`.
   Slot address(std::size_t index);
 

@@ -93,6 +93,15 @@ TEST_CASE("ptx unknown: an instruction that the machine does not know faults whe
   CHECK(contains(fault_at("trap;"), "trap"));
 }
 
+TEST_CASE("ptx findings: code of CUDA's own headers is named by the line that it was inlined to") {
+  const auto fault_at = [](const std::string& path) {
+    return fault_of(".file 1 \"/src/user.cu\"\n.file 2 \"" + path +
+                    "\"\n.visible .entry k()\n{\n.loc 2 99 1, function_name L, inlined_at 1 12 3\ntrap;\nret;\n}\n");
+  };
+  CHECK(contains(fault_at("/usr/local/cuda/targets/x86_64-linux/include/sm_30_intrinsics.hpp"), "user.cu:12 [trap]"));
+  CHECK(contains(fault_at("/src/helpers.cuh"), "helpers.cuh:99 [trap]"));
+}
+
 TEST_CASE("ptx divergence: if and else meet again") {
   check_threads(
       "and.b32 %r1, %t, 1; setp.eq.u32 %p1, %r1, 0; @%p1 bra EVEN;\n"
@@ -187,6 +196,14 @@ TEST_CASE("ptx call: arguments, results, recursion, pointers, divergent calls") 
       "(r), %rd3, (a), P;\n"
       "ld.param.b32 %result, [r]; }\n",
       [](uint32_t t) { return t % 2 == 0 ? t * t : 2 * t; }, {}, square + twice);
+  const std::string indexed =
+      ".func (.param .b32 out) second(.param .align 4 .b8 x[8])\n{\n.reg .b32 %r<3>; .reg .b64 %rd<3>; mov.b64 %rd1, "
+      "x;\n"
+      "ld.param.b32 %r1, [%rd1+4]; st.param.b32 [out], %r1; ret;\n}\n";
+  check_threads(
+      "{ .param .align 4 .b8 a[8]; .param .b32 r; st.param.b32 [a], 1; st.param.b32 [a+4], %t; call (r), second, (a);\n"
+      "ld.param.b32 %result, [r]; }\n",
+      [](uint32_t t) { return t; }, {}, indexed);
   CHECK(contains(fault_of(kernel_text("call outside;", 0, ".extern .func outside;")),
                  "a call of outside, which this module only declares"));
   const std::string endless = ".func endless()\n{\n.local .align 4 .b8 big[4096];\ncall endless;\nret;\n}\n";
