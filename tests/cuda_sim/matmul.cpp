@@ -104,10 +104,6 @@ Matrix matrix_of(const MatrixLayout& of, const void* data, int64_t batch) {
   return {first, of.type, columns ? rows : cols, columns ? cols : rows, of.leading};
 }
 
-Matrix vector_of(void* data, cudaDataType type, int64_t size) {
-  return {static_cast<char*>(data), type, size, 1, size};
-}
-
 // False, after a report and with a sticky error, when the matrix is not inside of a live range.
 bool check_bounds(const Matrix& matrix, const char* operand) {
   const auto* range = find(matrix.data);
@@ -216,39 +212,59 @@ Values<S> sum_of_rows(const Values<S>& of) {
   return of.rowwise().sum();
 }
 
+Matrix bias_of(const Matmul& matmul, int64_t batch, int64_t size) {
+  const auto type = matmul.d.type;
+  auto* first =
+      static_cast<char*>(matmul.of.bias) + static_cast<std::size_t>(batch * matmul.of.bias_stride) * size_of(type);
+  return {first, type, size, 1, size};
+}
+
+Matrix aux_of(const Matmul& matmul, int64_t batch) {
+  const auto type = matmul.d.type;
+  auto* first =
+      static_cast<char*>(matmul.of.aux) + static_cast<std::size_t>(batch * matmul.of.aux_stride) * size_of(type);
+  return {first, type, matmul.m(), matmul.n(), matmul.of.aux_leading};
+}
+
+template <class S>
+void add_bias(const Matrix& bias, Values<S>& result) {
+  if (!check_bounds(bias, "bias")) return;
+  note_read(bias, "bias");
+  result.colwise() += load<S>(bias).col(0);
+}
+
+template <class S>
+void multiply_by_gelu_gradient(const Matrix& aux, Values<S>& result) {
+  note_read(aux, "auxiliary matrix");
+  result.array() *= load<S>(aux).array().unaryExpr([](S x) { return gelu_gradient(x); });
+}
+
 // What happens to alpha * A B + beta * C before it becomes D.
 template <class S>
-void apply_epilogue(const Matmul& matmul, int64_t batch, const Values<S>& a, const Values<S>& b, Values<S>& result) {
-  const auto& of = matmul.of;
-  const auto epilogue = static_cast<unsigned>(of.epilogue);
-  const auto type = matmul.d.type;
-  const auto width = size_of(type);
-  auto* bias = static_cast<char*>(of.bias) + static_cast<std::size_t>(batch * of.bias_stride) * width;
-  const Matrix aux{static_cast<char*>(of.aux) + static_cast<std::size_t>(batch * of.aux_stride) * width, type,
-                   matmul.m(), matmul.n(), of.aux_leading};
-  if ((epilogue & has_bias) != 0) {
-    const auto vector = vector_of(bias, type, matmul.m());
-    if (!check_bounds(vector, "bias")) return;
-    note_read(vector, "bias");
-    result.colwise() += load<S>(vector).col(0);
-  }
-  if ((epilogue & has_aux) != 0 && !check_bounds(aux, "auxiliary matrix")) return;
-  if ((epilogue & has_gelu) != 0) {
-    if ((epilogue & has_aux) != 0) store(result, aux);
-    result = result.unaryExpr([](S x) { return gelu(x); }).eval();
-  }
-  if ((epilogue & has_relu) != 0) result = result.cwiseMax(S(0)).eval();
-  if ((epilogue & has_gelu_gradient) != 0) {
-    note_read(aux, "auxiliary matrix");
-    result.array() *= load<S>(aux).array().unaryExpr([](S x) { return gelu_gradient(x); });
-  }
-  const auto store_sums = [&](const Values<S>& sums) {
-    const auto vector = vector_of(bias, type, sums.rows());
-    if (check_bounds(vector, "bias gradient")) store(sums, vector);
-  };
-  if ((epilogue & has_bias_gradient) != 0) store_sums(sum_of_rows<S>(result));
-  if ((epilogue & sums_a) != 0) store_sums(sum_of_rows<S>(a));
-  if ((epilogue & sums_b) != 0) store_sums(sum_of_rows<S>(b.transpose()));
+void apply_epilogue(const Matmul& matmul, int64_t batch, Values<S>& result) {
+  const auto epilogue = static_cast<unsigned>(matmul.of.epilogue);
+  const auto has = [&](unsigned part) { return (epilogue & part) != 0; };
+  const auto aux = aux_of(matmul, batch);
+  if (has(has_bias)) add_bias(bias_of(matmul, batch, matmul.m()), result);
+  if (has(has_aux) && !check_bounds(aux, "auxiliary matrix")) return;
+  if (has(has_aux) && has(has_gelu)) store(result, aux);
+  if (has(has_gelu)) result = result.unaryExpr([](S x) { return gelu(x); }).eval();
+  if (has(has_relu)) result = result.cwiseMax(S(0)).eval();
+  if (has(has_gelu_gradient)) multiply_by_gelu_gradient(aux, result);
+}
+
+// The gradient of a bias: sums over the rows of what the epilogue says.
+template <class S>
+void store_bias_gradient(const Matmul& matmul, int64_t batch, const Values<S>& a, const Values<S>& b,
+                         const Values<S>& result) {
+  const auto epilogue = static_cast<unsigned>(matmul.of.epilogue);
+  Values<S> sums;
+  if ((epilogue & has_bias_gradient) != 0) sums = result.rowwise().sum();
+  if ((epilogue & sums_a) != 0) sums = a.rowwise().sum();
+  if ((epilogue & sums_b) != 0) sums = b.colwise().sum().transpose();
+  if (sums.size() == 0) return;
+  const auto gradient = bias_of(matmul, batch, sums.rows());
+  if (check_bounds(gradient, "bias gradient")) store(sums, gradient);
 }
 
 template <class S>
@@ -274,7 +290,8 @@ void run_one(const Matmul& matmul, int64_t batch) {
     note_read(c_matrix, "C");
     result += static_cast<S>(matmul.beta) * operand<S>(matmul.c, c_matrix, CUBLAS_OP_N);
   }
-  apply_epilogue<S>(matmul, batch, a, b, result);
+  apply_epilogue<S>(matmul, batch, result);
+  store_bias_gradient<S>(matmul, batch, a, b, result);
   if (matmul.d.order == CUBLASLT_ORDER_ROW) result.transposeInPlace();
   if (sticky_error() == cudaSuccess) store(result, d_matrix);
 }
