@@ -2,7 +2,7 @@
 // Element i of arrays of any strides and dtypes, on the device.
 //
 // A Walk is a merged loop nest (core/loop_nest.hpp) that turns the number of an element into its offset in each array,
-// by division through multiplication while numbers fit in 31 bits. Dense arrays are read and written in packs of four
+// by division through multiplication. Dense arrays are read and written in packs of four
 // elements, 16 bytes of f32 at a time.
 
 #include <knock/core/loop_nest.hpp>
@@ -19,17 +19,24 @@ __device__ To convert(From value) {
   }
 }
 
-/// Division by a constant of numbers below 2^31: (n * magic / 2^32 + n) / 2^shift (Granlund and Montgomery, "Division
-/// by invariant integers using multiplication", PLDI 1994).
+/// Division by a constant of numbers below 2^63: (n magic / 2^64 + n) / 2^shift (Granlund and Montgomery, "Division by
+/// invariant integers using multiplication", PLDI 1994).
 struct Divider {
-  uint32_t divisor = 1, magic = 1, shift = 0;
+  int64_t divisor = 1;
+  uint64_t magic = 1;
+  int shift = 0;
 
   Divider() = default;
-  explicit Divider(uint32_t d) : divisor(d) {
-    while ((uint64_t{1} << shift) < d) ++shift;
-    magic = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
+  explicit Divider(int64_t d) : divisor(d) {
+    __extension__ using Wide = unsigned __int128;
+    while ((int64_t{1} << shift) < d) ++shift;
+    const auto excess = static_cast<Wide>((uint64_t{1} << shift) - static_cast<uint64_t>(d));
+    magic = static_cast<uint64_t>((excess << 64) / static_cast<uint64_t>(d)) + 1;
   }
-  __device__ uint32_t quotient(uint32_t n) const { return (__umulhi(n, magic) + n) >> shift; }
+  __device__ int64_t quotient(int64_t n) const {
+    const auto bits = static_cast<uint64_t>(n);
+    return static_cast<int64_t>((__umul64hi(bits, magic) + bits) >> shift);
+  }
 };
 
 /// Offsets of element i in K arrays. Axes are numbered from the innermost one on.
@@ -37,10 +44,8 @@ template <int K>
 struct Walk {
   int64_t n = 0;  ///< elements
   int rank = 0;
-  bool wide = false;  ///< numbers do not fit in 31 bits
-  Divider dividers[max_rank];
-  int64_t extents[max_rank];
-  int64_t strides[max_rank][K];
+  Divider extents[max_rank];
+  int64_t strides[max_rank][K] = {};
 
   Walk() = default;
   /// In the memory order of the first array.
@@ -58,11 +63,9 @@ struct Walk {
   Walk(const LoopNest<Arrays>& nest, std::size_t first) {
     n = nest.shape.numel();
     rank = static_cast<int>(nest.shape.rank());
-    wide = n > std::numeric_limits<int32_t>::max();
     for (int axis = 0; axis < rank; ++axis) {
       const int64_t from = rank - 1 - axis;
-      extents[axis] = nest.shape[from];
-      if (!wide && n > 0) dividers[axis] = Divider(static_cast<uint32_t>(nest.shape[from]));
+      if (n > 0) extents[axis] = Divider(nest.shape[from]);
       for (std::size_t k = 0; k < K; ++k) strides[axis][k] = nest.strides[first + k][from];
     }
   }
@@ -72,8 +75,8 @@ struct Walk {
     for (int k = 0; k < K; ++k) out[k] = 0;
 #pragma unroll 1
     for (int axis = 0; axis < rank - 1; ++axis) {
-      const int64_t rest = wide ? i / extents[axis] : dividers[axis].quotient(static_cast<uint32_t>(i));
-      const int64_t index = i - rest * extents[axis];
+      const int64_t rest = extents[axis].quotient(i);
+      const int64_t index = i - rest * extents[axis].divisor;
 #pragma unroll
       for (int k = 0; k < K; ++k) out[k] += index * strides[axis][k];
       i = rest;

@@ -121,7 +121,7 @@ void apply(const char* name, const F& f, const std::array<const Array*, Outputs>
   }
   a.walk = Walk<in + out>(arrays);
   if (a.walk.n == 0) return;
-  bool packs = a.walk.rank == 1 || a.walk.extents[0] % 4 == 0;
+  bool packs = a.walk.rank == 1 || a.walk.extents[0].divisor % 4 == 0;
   for (int k = 0; k < out; ++k) packs = packs && is_packed<C>(a.walk, k, *arrays[static_cast<std::size_t>(k)]);
   for (std::size_t k = 0; k < Inputs; ++k) {
     a.access[k] = access_of<C>(a.walk, out + static_cast<int>(k), inputs[k], packs);
