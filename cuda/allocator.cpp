@@ -1,3 +1,5 @@
+// Segments, blocks and pools of the caching allocator; which device an address belongs to.
+
 #include "allocator.hpp"
 
 #include "device.hpp"

@@ -1,3 +1,5 @@
+// What the driver shows, asked for once, and the device of each thread.
+
 #include "device.hpp"
 
 #include "error.hpp"

@@ -1,3 +1,5 @@
+// Texts of failed calls, with the kernels that were launched since the last wait.
+
 #include "error.hpp"
 
 #include "device.hpp"

@@ -1,3 +1,5 @@
+// The questions of a device and their slots, which are used again after each wait.
+
 #include "findings.hpp"
 
 #include "allocator.hpp"

@@ -1,3 +1,5 @@
+// The list of what is to be given back.
+
 #include "lifetime.hpp"
 
 #include <mutex>

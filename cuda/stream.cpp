@@ -1,3 +1,5 @@
+// The devices' own streams, and what a thread has put in their place.
+
 #include "stream.hpp"
 
 #include "device.hpp"

@@ -1,3 +1,5 @@
+// Pageable host memory passes two pinned buffers, in parts, so that both sides work at once.
+
 #include "transfer.hpp"
 
 #include "allocator.hpp"
