@@ -88,8 +88,9 @@ bool without_conflict(const Request& request, uint32_t mask, uint32_t together) 
   const uint32_t counted = mask == all_lanes ? lanes_that_differ(request, together) : mask;
   uint32_t used = 0;
   for (uint32_t l = 0; l < warp_size; ++l) {
-    const uint32_t bank = static_cast<uint32_t>(request.addresses[l] >> shift) % together + l / together * together;
-    used |= is_active(counted, l) ? 1u << bank : 0;
+    const uint32_t bank =
+        (static_cast<uint32_t>(request.addresses[l] >> shift) & (together - 1)) | (l & ~(together - 1));
+    used |= (counted >> l & 1) << bank;
   }
   return std::popcount(used) == std::popcount(counted);
 }
@@ -122,25 +123,41 @@ void count_shared(const Warp& warp, const Request& request, uint32_t mask, bool 
 // ---- bounds ----
 std::string lane_text(uint32_t mask) { return "lane " + std::to_string(std::countr_zero(mask)); }
 
+/// Ones where the lane is active.
+uint64_t lane_ones(uint32_t mask, uint32_t lane) { return 0 - uint64_t{mask >> lane & 1}; }
+
 void check_alignment(const Warp& warp, const Request& request, uint32_t mask) {
   const uint64_t low_bits = request.bytes - 1;
+  uint64_t any = 0;
+  for (uint32_t l = 0; l < warp_size; ++l) any |= request.addresses[l] & low_bits & lane_ones(mask, l);
+  if (any == 0) return;
   uint32_t misaligned = 0;
-  for (uint32_t l = 0; l < warp_size; ++l) misaligned |= ((request.addresses[l] & low_bits) != 0 ? 1u : 0u) << l;
-  misaligned &= mask;
-  if (misaligned == 0) return;
-  const uint64_t address = request.addresses[std::countr_zero(misaligned)];
-  fault(warp, lane_text(misaligned) + ": address " + std::to_string(address) + " is not aligned to " +
-                  std::to_string(request.bytes) + " bytes");
+  for_active(mask, [&](uint32_t l) { misaligned |= ((request.addresses[l] & low_bits) != 0 ? 1u : 0u) << l; });
+  fault(warp, lane_text(misaligned) + ": address " + std::to_string(request.addresses[std::countr_zero(misaligned)]) +
+                  " is not aligned to " + std::to_string(request.bytes) + " bytes");
 }
 
 /// The lanes whose bytes are not in [0, size).
 uint32_t lanes_outside(const Request& request, uint32_t mask, uint64_t size) {
-  uint8_t outside[warp_size];
-  for (uint32_t l = 0; l < warp_size; ++l) {
-    const uint64_t address = request.addresses[l];
-    outside[l] = address >= size || address + request.bytes > size ? 1 : 0;
+  if (size < request.bytes) return mask;
+  const uint64_t last = size - request.bytes;
+  uint64_t most = 0;
+  for (uint32_t l = 0; l < warp_size; ++l) most = std::max(most, request.addresses[l] & lane_ones(mask, l));
+  if (most <= last) return 0;
+  uint32_t outside = 0;
+  for_active(mask, [&](uint32_t l) { outside |= (request.addresses[l] > last ? 1u : 0u) << l; });
+  return outside;
+}
+
+/// The bytes of lane l are at its address, `base` further.
+void place_lanes(const Request& request, uint64_t base, uint32_t mask, Reach& reach) {
+  const auto at = [&](uint32_t l) { return reinterpret_cast<char*>(request.addresses[l] + base); };
+  if (reach.lanes == 0) {
+    for (uint32_t l = 0; l < warp_size; ++l) reach.at[l] = at(l);
+  } else {
+    for_active(mask, [&](uint32_t l) { reach.at[l] = at(l); });
   }
-  return pack_bits(outside) & mask;
+  reach.lanes |= mask;
 }
 
 WarpAccess shadow_access(const Warp& warp, const Request& request, uint32_t mask) {
@@ -245,11 +262,7 @@ void reach_global(const Warp& warp, const Request& request, uint32_t mask, Reach
   const bool consecutive = mask == all_lanes && is_progression(request, request.bytes);
   count_global(warp, request, mask, consecutive);
   const uint32_t allowed = warp.machine->checks ? check_global(shadow_access(warp, request, mask)) : mask;
-  for (uint32_t l = 0; l < warp_size; ++l) {
-    char* const at = bytes_at(reinterpret_cast<const void*>(request.addresses[l]));
-    reach.at[l] = is_active(allowed, l) ? at : reach.at[l];
-  }
-  reach.lanes |= allowed;
+  place_lanes(request, address_span, allowed, reach);
   reach.consecutive = consecutive && allowed == all_lanes;
 }
 
@@ -268,10 +281,7 @@ void reach_shared(const Warp& warp, const Request& request, uint32_t mask, Reach
   const bool consecutive = mask == all_lanes && is_progression(request, request.bytes);
   count_shared(warp, request, mask, consecutive);
   note_shared(warp, request, mask);
-  for (uint32_t l = 0; l < warp_size; ++l) {
-    reach.at[l] = is_active(mask, l) ? machine.shared + request.addresses[l] : reach.at[l];
-  }
-  reach.lanes |= mask;
+  place_lanes(request, reinterpret_cast<uint64_t>(machine.shared), mask, reach);
   reach.consecutive = consecutive;
 }
 
