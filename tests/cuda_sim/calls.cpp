@@ -401,7 +401,7 @@ uint32_t member_mask(const Warp& warp) {
   const uint32_t* const masks = lanes<uint32_t>(warp, warp.at->slots.back());
   const uint32_t members = masks[std::countr_zero(warp.mask)];
   uint32_t different = 0;
-  for (uint32_t l = 0; l < warp_size; ++l) different |= is_active(warp.mask, l) ? masks[l] ^ members : 0;
+  for (uint32_t l = 0; l < warp_size; ++l) different |= (masks[l] ^ members) & (0 - (warp.mask >> l & 1));
   if (different != 0) fault(warp, "lanes give different member masks");
   return members;
 }

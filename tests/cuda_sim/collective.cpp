@@ -54,7 +54,25 @@ uint32_t member_mask(const Warp& warp, const Instruction& in) {
   return lanes<uint32_t>(warp, in.slots.back())[std::countr_zero(warp.mask)];
 }
 
-void shuffle(Warp& warp, const Instruction& in) {
+/// The usual shuffle: all lanes, one segment. What b says may differ from lane to lane.
+template <Shuffle mode>
+void shuffle_whole(Warp& warp, const Instruction& in) {
+  uint32_t* const d = lanes<uint32_t>(warp, in.slots[0]);
+  const uint32_t *const a = lanes<uint32_t>(warp, in.slots[2]), *const b = lanes<uint32_t>(warp, in.slots[3]);
+  alignas(64) std::array<uint32_t, warp_size> values, from;
+  uint8_t inside[warp_size];
+  for (uint32_t l = 0; l < warp_size; ++l) {
+    const uint32_t by = b[l] & 31;
+    const uint32_t other = mode == butterfly ? l ^ by : mode == index ? by : mode == down ? l + by : l - by;
+    inside[l] = other < warp_size ? 1 : 0;
+    from[l] = other < warp_size ? other : l;
+    values[l] = a[l];
+  }
+  for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[from[l]];
+  set_predicate(warp, in.slots[1], pack_bits(inside));
+}
+
+void shuffle_segments(Warp& warp, const Instruction& in) {
   uint32_t* const d = lanes<uint32_t>(warp, in.slots[0]);
   const uint32_t *const a = lanes<uint32_t>(warp, in.slots[2]), *const b = lanes<uint32_t>(warp, in.slots[3]);
   const uint32_t* const c = lanes<uint32_t>(warp, in.slots[4]);
@@ -74,27 +92,14 @@ void shuffle(Warp& warp, const Instruction& in) {
   set_predicate(warp, in.slots[1], inside);
 }
 
-/// The usual shuffle: all lanes, one segment. What b says may differ from lane to lane.
+/// nvcc keeps c in a register, so whether it is one segment is seen here.
 template <Shuffle mode>
-void shuffle_all(Warp& warp, const Instruction& in) {
-  if (warp.mask != all_lanes) return shuffle(warp, in);
-  uint32_t* const d = lanes<uint32_t>(warp, in.slots[0]);
-  const uint32_t *const a = lanes<uint32_t>(warp, in.slots[2]), *const b = lanes<uint32_t>(warp, in.slots[3]);
-  alignas(64) std::array<uint32_t, warp_size> values, from;
-  uint8_t inside[warp_size];
-  for (uint32_t l = 0; l < warp_size; ++l) {
-    const uint32_t by = b[l] & 31;
-    const uint32_t other = mode == butterfly ? l ^ by : mode == index ? by : mode == down ? l + by : l - by;
-    inside[l] = other < warp_size ? 1 : 0;
-    from[l] = other < warp_size ? other : l;
-    values[l] = a[l];
-  }
-  for (uint32_t l = 0; l < warp_size; ++l) d[l] = values[from[l]];
-  set_predicate(warp, in.slots[1], pack_bits(inside));
-}
-
-bool is_immediate(const Operand& operand, uint64_t value) {
-  return operand.kind == Operand::Kind::immediate && operand.value == value;
+void shuffle(Warp& warp, const Instruction& in) {
+  constexpr uint32_t one_segment = mode == up ? 0 : 31;
+  const uint32_t* const c = lanes<uint32_t>(warp, in.slots[4]);
+  uint32_t different = ~warp.mask;
+  for (uint32_t l = 0; l < warp_size; ++l) different |= c[l] ^ one_segment;
+  different == 0 ? shuffle_whole<mode>(warp, in) : shuffle_segments(warp, in);
 }
 
 void decode_shuffle(Statement& s) {
@@ -103,12 +108,8 @@ void decode_shuffle(Statement& s) {
   const Type type = s.take_type();
   if (type != Type::b32) throw Unsupported("not for this type");
   in.option = static_cast<uint8_t>(mode);
-  in.run = shuffle;
-  if (is_immediate(s.operand(3), mode == up ? 0 : 31)) {
-    static constexpr Handler handlers[] = {shuffle_all<up>, shuffle_all<down>, shuffle_all<butterfly>,
-                                           shuffle_all<index>};
-    in.run = handlers[mode];
-  }
+  static constexpr Handler handlers[] = {shuffle<up>, shuffle<down>, shuffle<butterfly>, shuffle<index>};
+  in.run = handlers[mode];
   in.slots[0] = s.destination(0, type);
   in.slots[1] = s.second_destination(0);
   in.slots[2] = s.source(1, type);

@@ -1,5 +1,9 @@
 #pragma once
 // Executes a kernel of a PTX module on the CPU, warp by warp.
+//
+// KNOCK_CUDA_SIM_ORDER    forward (default), reverse or random:N: the order of a block's warps and of the blocks
+// KNOCK_CUDA_SIM_QUANTUM  instructions of a warp before another one runs (default: until it waits, or 2^20)
+// KNOCK_CUDA_SIM_CHECKS   0: races, uninitialised reads and bounds of global memory are not looked for
 
 #include "ptx.hpp"
 

@@ -268,7 +268,7 @@ TEST_CASE("ptx warp: shfl in all modes and segments") {
       check_threads(code("idx", by, 31), [&](uint32_t t) { return from(t, t / width * width + by % width, true); });
     }
   }
-  // Immediate distances have handlers of their own.
+  // One segment: a path of its own.
   check_threads("shfl.sync.bfly.b32 %result, %t, 5, 31, -1;\n", [](uint32_t t) { return t ^ 5; });
   check_threads("shfl.sync.idx.b32 %result, %t, 9, 31, -1;\n", [](uint32_t) { return 9; });
   check_threads("shfl.sync.down.b32 %result, %t, 4, 31, -1;\n", [](uint32_t t) { return t + 4 < 32 ? t + 4 : t; });
