@@ -5,8 +5,8 @@
 //   rows_times_experts     out (row, n) = sum_k a(row, k) b_e(n, k)  or  b_e(k, n), e the expert of the row
 //   experts_from_rows      out_e (m, n) = sum over e's rows of a(row, m) b(row, n)
 //
-// Rows are read where they lie: `order` names the slot of each sorted row, and slot / k its token. Two families of
-// kernels: multiply-adds in f32 or f64 for every dtype, and bf16 on the tensor cores.
+// Rows are read where they lie: `token_of` names the token of each sorted row. Two families of kernels: multiply-adds
+// in f32 or f64 for every dtype, and bf16 on the tensor cores.
 
 #include "device.hpp"
 #include "launch.cuh"
@@ -18,10 +18,9 @@ namespace knock::cuda {
 /// Where each expert's rows begin (E + 1) among the sorted ones, and whose they are.
 struct Experts {
   const int64_t* offsets = nullptr;
-  const int64_t* order = nullptr;  ///< slots
-  int64_t count = 0;               ///< E
-  int64_t slots = 0;               ///< places for sorted rows
-  int64_t per_token = 1;           ///< slots of a token
+  const int32_t* token_of = nullptr;  ///< each sorted row's
+  int64_t count = 0;                  ///< E
+  int64_t slots = 0;                  ///< places for sorted rows
 };
 
 /// Rows of n numbers: sorted ones, or with `by_token` those of the tokens that the sorted ones belong to.
@@ -32,7 +31,7 @@ struct SortedRows {
   bool by_token = false;
 
   __device__ int64_t at(const Experts& experts, int64_t row) const {
-    return (by_token ? experts.order[row] / experts.per_token : row) * n;
+    return (by_token ? experts.token_of[row] : row) * n;
   }
 };
 

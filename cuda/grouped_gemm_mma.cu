@@ -22,15 +22,29 @@ __device__ int place(int row, int piece) {
   return across ? row * side + (piece ^ (row & 7)) * 8 : row * depth + (piece ^ (row >> 1 & 3)) * 8;
 }
 
-/// Begins to copy a tile whose row `r` begins at `row_at(r)` (null: zeros) and has `width` numbers from there on.
+/// Copies of 16 bytes that a thread makes for a tile, and the rows of a tile from one to the next.
+constexpr int copies = tile_numbers / 8 / threads;
+template <bool across>
+constexpr int pieces_of_row = (across ? side : depth) / 8;
+template <bool across>
+constexpr int rows_between = threads / pieces_of_row<across>;
+
+/// The row of this thread's i-th copy.
+template <bool across>
+__device__ int row_of_copy(int i) {
+  return static_cast<int>(threadIdx.x) / pieces_of_row<across> + i * rows_between<across>;
+}
+
+/// Begins to copy a tile; the row of this thread's i-th copy begins at row_at(i) (null: zeros) and has `width` numbers
+/// from there on.
 template <bool across, class RowAt>
 __device__ void load_tile(__nv_bfloat16* to, const RowAt& row_at, int64_t width, const __nv_bfloat16* somewhere) {
-  constexpr int pieces = (across ? side : depth) / 8;
-  for (int at = static_cast<int>(threadIdx.x); at < tile_numbers / 8; at += threads) {
-    const int row = at / pieces, piece = at % pieces;
-    const __nv_bfloat16* const from = row_at(row);
+  const int piece = static_cast<int>(threadIdx.x) % pieces_of_row<across>;
+#pragma unroll
+  for (int i = 0; i < copies; ++i) {
+    const __nv_bfloat16* const from = row_at(i);
     const bool there = from && piece * 8 < width;
-    copy_async(to + place<across>(row, piece), there ? from + piece * 8 : somewhere, there ? 16 : 0);
+    copy_async(to + place<across>(row_of_copy<across>(i), piece), there ? from + piece * 8 : somewhere, there ? 16 : 0);
   }
 }
 
@@ -91,26 +105,33 @@ __device__ void multiply_tile(float (&sums)[4][4][4], int64_t k, const Load& loa
   wait_copies<0>();
 }
 
-/// Calls `write(i, j, low, high)` for each pair of neighbouring columns j, j + 1 that this thread holds.
-template <class Write>
-__device__ void for_each_pair(const float (&sums)[4][4][4], const Write& write) {
+/// Writes the sums to rows that begin at row_at(i) (null: none), of `width` columns. Numbers of bf16 change places
+/// between neighbouring lanes, so that four lanes fill a sector of 32 bytes.
+template <class RowAt>
+__device__ void store_sums(const float (&sums)[4][4][4], DType dtype, int64_t width, const RowAt& row_at) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int row = warp / 4 * 64 + lane / 4, col = warp % 4 * 32 + lane % 4 * 2;
+  const int pair = lane % 4 * 2, first_col = warp % 4 * 32;
+  const bool odd = lane % 2 != 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < 8; ++i) {
+    void* const row = row_at(warp / 4 * 64 + i / 2 * 16 + i % 2 * 8 + lane / 4);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      write(row + 16 * i, col + 8 * j, sums[i][j][0], sums[i][j][1]);
-      write(row + 16 * i + 8, col + 8 * j, sums[i][j][2], sums[i][j][3]);
+    for (int j = 0; j < 4; j += 2) {
+      const float *const left = &sums[i / 2][j][i % 2 * 2], *const right = &sums[i / 2][j + 1][i % 2 * 2];
+      if (dtype == DType::bf16) {
+        const uint32_t low = pack(left[0], left[1]), high = pack(right[0], right[1]);
+        const uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? low : high, 1);
+        const int col = first_col + 8 * j + (odd ? 8 + pair - 2 : pair);
+        if (row && col < width)
+          *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(row) + col) =
+              odd ? make_uint2(other, high) : make_uint2(low, other);
+      } else {
+        const int col = first_col + 8 * j + pair;
+        float* const to = static_cast<float*>(row);
+        if (row && col < width) *reinterpret_cast<float2*>(to + col) = {left[0], left[1]};
+        if (row && col + 8 < width) *reinterpret_cast<float2*>(to + col + 8) = {right[0], right[1]};
+      }
     }
-}
-
-/// Two neighbours to memory of either dtype; n, the number of columns, is even, and so is `at`.
-__device__ void store_pair(void* data, DType dtype, int64_t at, float low, float high) {
-  if (dtype == DType::bf16) {
-    *reinterpret_cast<uint32_t*>(static_cast<bf16*>(data) + at) = pack(low, high);
-  } else {
-    *reinterpret_cast<float2*>(static_cast<float*>(data) + at) = {low, high};
   }
 }
 
@@ -120,22 +141,26 @@ __global__ void __launch_bounds__(threads) rows_times_experts_mma_tile(GroupedPr
   const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
   if (tile.expert < 0) return;
   const auto* const a = static_cast<const __nv_bfloat16*>(p.a.data);
+  const __nv_bfloat16* rows_of_a[copies];
+#pragma unroll
+  for (int i = 0; i < copies; ++i) {
+    const int64_t row = tile.first + row_of_copy<false>(i);
+    rows_of_a[i] = row < tile.end ? a + p.a.at(p.experts, row) : nullptr;
+  }
   float sums[4][4][4] = {};
   multiply_tile<false, b_by_k>(sums, p.k, [&](__nv_bfloat16* to, int64_t first) {
-    const auto row_of_a = [&](int r) {
-      return tile.first + r < tile.end ? a + p.a.at(p.experts, tile.first + r) + first : nullptr;
-    };
-    load_tile<false>(to, row_of_a, p.k - first, a);
-    const auto row_of_b = [&](int r) -> const __nv_bfloat16* {
-      const int64_t row = (b_by_k ? first : col) + r;
+    load_tile<false>(
+        to, [&](int i) { return rows_of_a[i] ? rows_of_a[i] + first : nullptr; }, p.k - first, a);
+    const auto row_of_b = [&](int i) -> const __nv_bfloat16* {
+      const int64_t row = (b_by_k ? first : col) + row_of_copy<b_by_k>(i);
       if (row >= p.matrices.rows) return nullptr;
       return p.matrices.row<__nv_bfloat16>(tile.expert, row) + (b_by_k ? col : first);
     };
     load_tile<b_by_k>(to + tile_numbers, row_of_b, b_by_k ? p.n - col : p.k - first, a);
   });
-  for_each_pair(sums, [&](int i, int j, float low, float high) {
-    if (tile.first + i < tile.end && col + j < p.n)
-      store_pair(p.out, p.out_dtype, (tile.first + i) * p.n + col + j, low, high);
+  store_sums(sums, p.out_dtype, p.n - col, [&](int i) -> void* {
+    if (tile.first + i >= tile.end) return nullptr;
+    return static_cast<char*>(p.out) + ((tile.first + i) * p.n + col) * size_of(p.out_dtype);
   });
 }
 
@@ -149,19 +174,19 @@ __global__ void __launch_bounds__(threads) experts_from_rows_mma_tile(GroupedPro
   float sums[4][4][4] = {};
   multiply_tile<true, true>(sums, end - begin, [&](__nv_bfloat16* to, int64_t first) {
     const auto row_of = [&](const SortedRows& rows, const __nv_bfloat16* data, int64_t offset) {
-      return [&, data, offset](int r) {
-        return begin + first + r < end ? data + rows.at(p.experts, begin + first + r) + offset : nullptr;
+      return [&, data, offset](int i) {
+        const int64_t row = begin + first + row_of_copy<true>(i);
+        return row < end ? data + rows.at(p.experts, row) + offset : nullptr;
       };
     };
     load_tile<true>(to, row_of(p.a, a, row), p.m - row, a);
     load_tile<true>(to + tile_numbers, row_of(p.b_rows, b, col), p.n - col, b);
   });
-  for_each_pair(sums, [&](int i, int j, float low, float high) {
-    if (row + i >= p.m || col + j >= p.n) return;
+  store_sums(sums, p.matrices.dtype, p.n - col, [&](int i) -> void* {
+    if (row + i >= p.m) return nullptr;
     const bool narrow = p.matrices.dtype == DType::bf16;
-    void* const to = narrow ? static_cast<void*>(p.matrices.row<bf16>(expert, row + i))
-                            : static_cast<void*>(p.matrices.row<float>(expert, row + i));
-    store_pair(to, p.matrices.dtype, col + j, low, high);
+    return narrow ? static_cast<void*>(p.matrices.row<bf16>(expert, row + i) + col)
+                  : static_cast<void*>(p.matrices.row<float>(expert, row + i) + col);
   });
 }
 

@@ -117,14 +117,17 @@ __global__ void place_slots(SortProblem p, int64_t* order) {
 
 // ---- Between the products.
 
-/// place_of[slot] = its place among the sorted ones, -1 at first.
+/// place_of[slot] = its place among the sorted ones, -1 at first; token_of[place] = the slot's token.
 __global__ void forget_places(int64_t slots, int32_t* place_of) {
   for (int64_t i = thread_in_grid(); i < slots; i += threads_in_grid()) place_of[i] = -1;
 }
-__global__ void note_places(Experts experts, int32_t* place_of) {
+__global__ void note_places(Experts experts, const int64_t* order, int64_t per_token, int32_t* place_of,
+                            int32_t* token_of) {
   const int64_t rows = experts.offsets[experts.count];
-  for (int64_t i = thread_in_grid(); i < rows; i += threads_in_grid())
-    place_of[experts.order[i]] = static_cast<int32_t>(i);
+  for (int64_t i = thread_in_grid(); i < rows; i += threads_in_grid()) {
+    place_of[order[i]] = static_cast<int32_t>(i);
+    token_of[i] = static_cast<int32_t>(order[i] / per_token);
+  }
 }
 
 /// out (rows, F) = silu(gate) up of hidden (rows, 2F)
@@ -159,12 +162,12 @@ __global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const in
 /// A warp to a row. With a = silu(gate) up, s the slot's weight and da (rows, F) the gradient of the unweighted output
 /// times down:  ds = da . a,  weighted = s a,  dhidden = s da times the slopes of a.
 template <class T, class C>
-__global__ void activate_backward(Experts experts, int64_t ffn, const T* hidden, const C* da, const T* weights,
-                                  T* dhidden, T* weighted, T* dweights) {
+__global__ void activate_backward(Experts experts, const int64_t* order, int64_t ffn, const T* hidden, const C* da,
+                                  const T* weights, T* dhidden, T* weighted, T* dweights) {
   const Team<warp_size> team;
   const int64_t rows = experts.offsets[experts.count];
   for (int64_t row = team.index(); row < rows; row += team.count()) {
-    const int64_t slot = experts.order[row];
+    const int64_t slot = order[row];
     const C s = static_cast<C>(weights[slot]);
     const T* const in = hidden + row * 2 * ffn;
     T* const out = dhidden + row * 2 * ffn;
@@ -199,27 +202,32 @@ class Layer {
         features(in.x.shape[1]),
         ffn(in.gate.shape[1]),
         slots(in.weights.numel()),
-        experts{in.offsets.as<const int64_t>(), in.order.as<const int64_t>(), in.gate.shape[0], slots,
-                std::max<int64_t>(in.weights.shape[1], 1)},
-        place_of_(slots * static_cast<int64_t>(sizeof(int32_t))) {
-    launch("moe_forget_places", forget_places, grid_for(slots), slots, place_of());
-    launch("moe_note_places", note_places, grid_for(slots), experts, place_of());
+        per_token(std::max<int64_t>(in.weights.shape[1], 1)),
+        order(in.order.as<const int64_t>()),
+        places_(2 * slots * static_cast<int64_t>(sizeof(int32_t))),
+        experts{in.offsets.as<const int64_t>(), places_.as<int32_t>() + slots, in.gate.shape[0], slots} {
+    launch("moe_forget_places", forget_places, grid_for(slots), slots, places_.as<int32_t>());
+    launch("moe_note_places", note_places, grid_for(slots), experts, order, per_token, places_.as<int32_t>(),
+           places_.as<int32_t>() + slots);
   }
 
-  int32_t* place_of() const { return place_of_.as<int32_t>(); }
+  const int32_t* place_of() const { return places_.as<int32_t>(); }
   /// The sum over the slots of each token; y (slots, C) in the compute type.
   template <class T>
   void add_up(const char* name, const Scratch& y, const T* weights, const Array& out) const {
     using C = compute_t<T>;
-    launch(name, add_slots<T, C>, grid_for(tokens * features), tokens, experts.per_token, features,
-           static_cast<const int32_t*>(place_of()), weights, y.as<const C>(), out.as<T>());
+    launch(name, add_slots<T, C>, grid_for(tokens * features), tokens, per_token, features, place_of(), weights,
+           y.as<const C>(), out.as<T>());
   }
 
-  int64_t tokens, features, ffn, slots;
-  Experts experts;
+  int64_t tokens, features, ffn, slots, per_token;
+  const int64_t* order;
 
  private:
-  Scratch place_of_;
+  Scratch places_;  // of slots; then tokens of places
+
+ public:
+  Experts experts;
 };
 
 /// Weights in the dtype of the activations: themselves, or a rounded copy.
@@ -289,11 +297,10 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
         weighted(slots * ffn * size_of(dtype)), dx(slots * features * size_of(wide));
     rows_times_experts("moe_down_backward", layer.experts, upstream, ExpertMatrices(down.array), true,
                        matrix(dactive, wide, slots, ffn));
-    launch("moe_activate_backward", activate_backward<T, C>, grid_for(slots * warp_size), layer.experts, ffn,
-           hidden.as<const T>(), dactive.as<const C>(), in.weights.as<const T>(), dhidden.as<T>(), weighted.as<T>(),
-           out.weights.as<T>());
-    launch("moe_clear_left_out", clear_left_out<T>, grid_for(slots), slots,
-           static_cast<const int32_t*>(layer.place_of()), out.weights.as<T>());
+    launch("moe_activate_backward", activate_backward<T, C>, grid_for(slots * warp_size), layer.experts, layer.order,
+           ffn, hidden.as<const T>(), dactive.as<const C>(), in.weights.as<const T>(), dhidden.as<T>(),
+           weighted.as<T>(), out.weights.as<T>());
+    launch("moe_clear_left_out", clear_left_out<T>, grid_for(slots), slots, layer.place_of(), out.weights.as<T>());
     rows_times_experts("moe_gate_up_backward", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false},
                        ExpertMatrices(gate.array, up.array), true, matrix(dx, wide, slots, features));
     layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);

@@ -1,0 +1,112 @@
+// What the simulator counts of the hot kernels, against limits: memory moved beyond what was asked for, bank conflicts,
+// idle lanes, instructions for each product on the tensor cores. A change that makes a kernel worse fails here.
+
+#include <knock/autograd/engine.hpp>
+#include <knock/ops/attention.hpp>
+#include <knock/ops/binary.hpp>
+#include <knock/ops/inplace.hpp>
+#include <knock/ops/loss.hpp>
+#include <knock/ops/mlp.hpp>
+#include <knock/ops/moe.hpp>
+#include <knock/ops/norm.hpp>
+#include <knock/ops/norm_rope.hpp>
+#include <knock/ops/optim.hpp>
+#include <knock/ops/reduce.hpp>
+#include <knock/ops/softmax.hpp>
+#include <knock/ops/view.hpp>
+#include <knock/optim/adamw.hpp>
+
+#include <doctest/doctest.h>
+#include <counters.hpp>
+
+using namespace knock;
+
+namespace {
+
+struct Limits {
+  const char* kernel;       ///< part of its name
+  double sectors = 1.1;     ///< of 32 bytes that were moved, over those that hold what lanes asked for
+  double shared = 1.0;      ///< wavefronts of shared memory over what they would be without bank conflicts
+  double lanes = 0.9;       ///< active ones, at least
+  double instructions = 0;  ///< of a warp for each mma, at most; 0: no mma
+  double mma = 0;           ///< over the ideal number, at most
+  double ideal_mma = 0;
+};
+
+double ratio(uint64_t a, uint64_t b) { return b == 0 ? 0 : static_cast<double>(a) / static_cast<double>(b); }
+
+/// Runs and compares what was counted of the kernels with their limits.
+template <class Run>
+void check_limits(const std::vector<Limits>& all, Run&& run) {
+  synchronize("cuda:0");
+  cuda_sim::reset_kernel_counters();
+  run();
+  synchronize("cuda:0");
+  for (const Limits& limit : all) {
+    CAPTURE(std::string(limit.kernel));
+    int found = 0;
+    for (const auto& [name, c] : cuda_sim::kernel_counters()) {
+      if (name.find(limit.kernel) == std::string::npos) continue;
+      ++found;
+      CAPTURE(name);
+      CHECK(ratio(c.global_sectors, c.global_ideal_sectors) <= limit.sectors);
+      CHECK(ratio(c.shared_wavefronts, c.shared_ideal_wavefronts) <= limit.shared);
+      CHECK(ratio(c.lane_instructions, 32 * c.warp_instructions) >= limit.lanes);
+      if (limit.instructions == 0) continue;
+      CHECK(c.mma > 0);
+      CHECK(ratio(c.warp_instructions, c.mma) <= limit.instructions);
+      CHECK(static_cast<double>(c.mma) <= limit.mma * limit.ideal_mma);
+    }
+    CHECK(found > 0);
+  }
+}
+
+Tensor on_device(const Shape& shape, DType dtype = DType::f32) { return randn(shape).to(dtype).to("cuda:0"); }
+
+}  // namespace
+
+TEST_CASE("limits: attention on the tensor cores") {
+  constexpr int64_t heads = 2, tokens = 512, depth = 64;
+  const auto leaf = [&] { return on_device({1, heads, tokens, depth}, DType::bf16).requires_grad_(); };
+  const Tensor q = leaf(), k = leaf(), v = leaf(), up = on_device({1, heads, tokens, depth}, DType::bf16);
+  const double product = heads * tokens * tokens * depth / (16.0 * 8 * 16);  // mma of one of (T, T, D)
+  check_limits({{.kernel = "attention_forward_mma", .instructions = 14, .mma = 1, .ideal_mma = 2 * product},
+                {.kernel = "attention_dq_mma", .instructions = 10.5, .mma = 1, .ideal_mma = 3 * product},
+                {.kernel = "attention_dkv_mma", .instructions = 10.5, .mma = 1, .ideal_mma = 4 * product}},
+               [&] { scaled_dot_product_attention(q, k, v).backward(up); });
+}
+
+TEST_CASE("limits: experts on the tensor cores") {
+  constexpr int64_t tokens = 512, features = 256, ffn = 128, experts = 4, top_k = 2;
+  const Tensor x = on_device({tokens, features}, DType::bf16).requires_grad_();
+  const auto weights = [&](const Shape& shape) {
+    return (on_device(shape) * 0.1).to(DType::bf16).detach().requires_grad_();
+  };
+  const Tensor gate = weights({experts, ffn, features}), up = weights({experts, ffn, features}),
+               down = weights({experts, features, ffn});
+  const Tensor slots = arange(tokens * top_k).reshape({tokens, top_k}).to("cuda:0");
+  const Tensor chosen = remainder(slots, experts), share = full({tokens, top_k}, 0.5, {DType::bf16, "cuda:0"});
+  const double rows = tokens * top_k, one = rows * features * ffn / (16.0 * 8 * 16);
+  check_limits({{.kernel = "rows_times_experts_mma_tile<false>", .instructions = 11, .mma = 1, .ideal_mma = 3 * one},
+                {.kernel = "rows_times_experts_mma_tile<true>", .instructions = 10.5, .mma = 1, .ideal_mma = 3 * one},
+                {.kernel = "experts_from_rows_mma_tile", .instructions = 10, .mma = 1, .ideal_mma = 3 * one}},
+               [&] { sum(moe_experts(x, chosen, share, gate, up, down)).backward(); });
+}
+
+TEST_CASE("limits: one pass over memory") {
+  constexpr int64_t rows = 256, n = 512;
+  const Tensor a = on_device({rows, n}), b = on_device({rows, n}), w = on_device({n}), row = on_device({1, n});
+  check_limits({{.kernel = "pointwise_kernel"}}, [&] { a + b; });
+  check_limits({{.kernel = "pointwise_kernel"}}, [&] { a + row; });
+  check_limits({{.kernel = "pointwise_kernel"}}, [&] { swiglu(a, b); });
+  check_limits({{.kernel = "softmax_rows"}}, [&] { softmax(a, -1); });
+  check_limits({{.kernel = "rms_norm_rows"}}, [&] { add_rms_norm(a, b, w); });
+  check_limits({{.kernel = "rms_norm_backward_rows", .lanes = 0.89}}, [&] {
+    const Tensor x = a.detach().requires_grad_();
+    rms_norm(x, w).backward(b);
+  });
+  Tensor parameter = a.clone().requires_grad_();
+  parameter.set_grad(b);
+  optim::AdamW adamw({parameter}, {});
+  check_limits({{.kernel = "pointwise_kernel"}}, [&] { adamw.step(); });
+}
