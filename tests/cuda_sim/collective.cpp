@@ -1,4 +1,5 @@
-// What the lanes of a warp, or the threads of a block, do together: shfl, vote, match, redux, activemask, barriers.
+// What the lanes of a warp, or the threads of a block, do together: shfl, vote, match, redux, activemask, barriers,
+// trap.
 
 #include <algorithm>
 
@@ -228,6 +229,8 @@ void decode_redux(Statement& s) {
   in.slots.back() = s.source(2, Type::u32);
 }
 
+void trap(Warp& warp, const Instruction&) { fault(warp, "the kernel gave up"); }
+
 // ---- activemask ----
 void active_mask(Warp& warp, const Instruction& in) {
   uint32_t* const d = lanes<uint32_t>(warp, in.slots[0]);
@@ -286,7 +289,10 @@ bool decode_collective(Statement& s) {
     s.instruction.slots[0] = s.destination(0, Type::b32);
     return true;
   }
-  if (opcode == "trap") throw Unsupported("trap");
+  if (opcode == "trap") {
+    s.instruction.run = trap;
+    return true;
+  }
   const bool known = opcode == "shfl" || opcode == "vote" || opcode == "match" || opcode == "redux";
   if (!known) return false;
   if (!s.take("sync")) throw Unsupported("only with .sync");

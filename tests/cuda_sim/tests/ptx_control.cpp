@@ -90,7 +90,7 @@ TEST_CASE("ptx unknown: an instruction that the machine does not know faults whe
   CHECK(contains(fault_at("add.rn.f32.wrong %f1, %f2, %f3;"), "unknown modifier .wrong"));
   CHECK(contains(fault_at("add.u32 %r1, %rd1, 1;"), "a register of another width"));
   CHECK(contains(fault_at("mov.u64 %rd1, %clock64;"), "unknown name %clock64"));
-  CHECK(contains(fault_at("trap;"), "trap"));
+  CHECK(contains(fault_at("trap;"), "[trap]: the kernel gave up"));
 }
 
 TEST_CASE("ptx findings: code of CUDA's own headers is named by the line that it was inlined to") {
@@ -208,6 +208,21 @@ TEST_CASE("ptx call: arguments, results, recursion, pointers, divergent calls") 
                  "a call of outside, which this module only declares"));
   const std::string endless = ".func endless()\n{\n.local .align 4 .b8 big[4096];\ncall endless;\nret;\n}\n";
   CHECK(contains(fault_of(kernel_text("call endless;", 0, endless)), "stack overflow"));
+}
+
+TEST_CASE("ptx call: shared variables of functions, of the kernel and dynamic ones do not overlap") {
+  const std::string before =
+      ".shared .align 4 .b32 common;\n.extern .shared .align 16 .b8 dynamic[];\n"
+      ".func (.param .b32 out) peek()\n{\n.reg .b32 %r<2>; ld.shared.u32 %r1, [common]; st.param.b32 [out], %r1; "
+      "ret;\n}\n";
+  check_threads(
+      ".shared .align 4 .b8 own[128];\nshl.b32 %r1, %t, 2; mov.u32 %r2, own; add.u32 %r2, %r2, %r1; st.shared.u32 "
+      "[%r2], %t;\n"
+      "mov.u32 %r3, dynamic; add.u32 %r3, %r3, %r1; st.shared.u32 [%r3], 1000;\n"
+      "setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [common], 70000; bar.sync 0;\n"
+      "{ .param .b32 r; call (r), peek; ld.param.b32 %r4, [r]; }\n"
+      "ld.shared.u32 %r5, [%r2]; ld.shared.u32 %r6, [%r3]; add.u32 %result, %r4, %r5; add.u32 %result, %result, %r6;\n",
+      [](uint32_t t) { return 71000 + t; }, {1, 32, 128}, before);
 }
 
 TEST_CASE("ptx barrier: all warps, named barriers, reductions") {
