@@ -6,6 +6,7 @@
 // shared memory, their rows 16 bytes longer than D, so that eight lanes which read eight rows meet different banks.
 
 #include "attention.cuh"
+#include "iterate.cuh"
 #include "launch.cuh"
 
 namespace knock::cuda {
@@ -29,28 +30,6 @@ struct Cut {
   static constexpr int row_length = D + piece, score_length = columns + piece;
 };
 
-template <class T>
-__device__ float widened(const void* data, int64_t at) {
-  return static_cast<float>(static_cast<const T*>(data)[at]);
-}
-
-template <class C>
-__device__ C load(const Heads& x, int64_t at) {
-  if constexpr (std::is_same_v<C, double>) return static_cast<const double*>(x.data)[at];
-  return x.dtype == DType::bf16 ? widened<bf16>(x.data, at) : widened<float>(x.data, at);
-}
-
-template <class C>
-__device__ void store(const Heads& x, int64_t at, C value) {
-  if constexpr (std::is_same_v<C, double>) {
-    static_cast<double*>(x.data)[at] = value;
-  } else if (x.dtype == DType::bf16) {
-    static_cast<bf16*>(x.data)[at] = value;
-  } else {
-    static_cast<float*>(x.data)[at] = value;
-  }
-}
-
 /// Copies `count` rows of head (b, h) from row `first` on; zeros where there is no row or feature. Returns whether this
 /// thread met a NaN or an infinity.
 template <class Shape>
@@ -61,7 +40,8 @@ __device__ bool load_tile(typename Shape::Element* to, int count, const Heads& f
   for (int at = static_cast<int>(threadIdx.x); at < count * Shape::features; at += threads) {
     const int row = at / Shape::features, col = at % Shape::features;
     C value = 0;
-    if (first + row < rows && col < depth) value = load<C>(from, from.row(b, h, first + row) + col * from.col_stride);
+    if (first + row < rows && col < depth)
+      value = load_wide<C>(from.data, from.dtype, from.row(b, h, first + row) + col * from.col_stride);
     to[row * Shape::row_length + col] = value;
     odd = odd || !isfinite(value);
   }
@@ -144,7 +124,8 @@ __device__ void store_rows(const Heads& to, int64_t b, int64_t h, int64_t first,
 #pragma unroll
       for (int x = 0; x < Piece<C>::size; ++x) {
         const int col = (lane + 8 * e) * Piece<C>::size + x;
-        if (col < depth) store<C>(to, to.row(b, h, row) + col * to.col_stride, sums[i][e].at[x] * factor[i]);
+        if (col < depth)
+          store_wide<C>(to.data, to.dtype, to.row(b, h, row) + col * to.col_stride, sums[i][e].at[x] * factor[i]);
       }
   }
 }
@@ -267,8 +248,8 @@ __global__ void __launch_bounds__(threads) attention_delta_rows(AttentionProblem
     const int64_t b = row / p.queries / p.q_heads, h = row / p.queries % p.q_heads, i = row % p.queries;
     C sum = 0;
     for (int d = lane; d < p.v_depth; d += 32)
-      sum +=
-          load<C>(out, out.row(b, h, i) + d * out.col_stride) * load<C>(dout, dout.row(b, h, i) + d * dout.col_stride);
+      sum += load_wide<C>(out.data, out.dtype, out.row(b, h, i) + d * out.col_stride) *
+             load_wide<C>(dout.data, dout.dtype, dout.row(b, h, i) + d * dout.col_stride);
     for (int distance = 1; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffU, sum, distance);
     if (lane == 0) delta[row] = sum;
   }

@@ -13,7 +13,7 @@ const Backend& kernels() {
   static const Backend table = [] {
     Backend b;
 #define KNOCK_ENTRY(name) b.name = name;
-    KNOCK_CUDA_KERNELS(KNOCK_ENTRY)
+    KNOCK_KERNELS(KNOCK_ENTRY)
 #undef KNOCK_ENTRY
     return b;
   }();

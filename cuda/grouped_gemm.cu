@@ -2,49 +2,12 @@
 // 4. bf16 and f32 are summed in f32, f64 in f64.
 
 #include "grouped_gemm.cuh"
+#include "iterate.cuh"
 
 namespace knock::cuda {
 namespace {
 
 constexpr int threads = 256, side = 64, depth = 16;
-
-template <class C>
-__device__ C load(const void* data, DType dtype, int64_t at) {
-  if constexpr (std::is_same_v<C, double>) {
-    return static_cast<const double*>(data)[at];
-  } else {
-    return dtype == DType::bf16 ? static_cast<float>(static_cast<const bf16*>(data)[at])
-                                : static_cast<const float*>(data)[at];
-  }
-}
-template <class C>
-__device__ C load(const ExpertMatrices& x, int64_t expert, int64_t row, int64_t col) {
-  if constexpr (std::is_same_v<C, double>) {
-    return x.row<double>(expert, row)[col];
-  } else {
-    return x.dtype == DType::bf16 ? static_cast<float>(x.row<bf16>(expert, row)[col]) : x.row<float>(expert, row)[col];
-  }
-}
-template <class C>
-__device__ void store(void* data, DType dtype, int64_t at, C value) {
-  if constexpr (std::is_same_v<C, double>) {
-    static_cast<double*>(data)[at] = value;
-  } else if (dtype == DType::bf16) {
-    static_cast<bf16*>(data)[at] = value;
-  } else {
-    static_cast<float*>(data)[at] = value;
-  }
-}
-template <class C>
-__device__ void store(const ExpertMatrices& x, int64_t expert, int64_t row, int64_t col, C value) {
-  if constexpr (std::is_same_v<C, double>) {
-    x.row<double>(expert, row)[col] = value;
-  } else if (x.dtype == DType::bf16) {
-    x.row<bf16>(expert, row)[col] = value;
-  } else {
-    x.row<float>(expert, row)[col] = value;
-  }
-}
 
 /// Loads a and b for each step of K and calls `write(i, j, sum)` for what this thread made. `a_at(i, k)` and `b_at(k,
 /// j)` are called for all of the tile and give 0 outside.
@@ -80,15 +43,15 @@ __global__ void __launch_bounds__(threads) rows_times_experts_tile(GroupedProble
       p.k,
       [&](int64_t i, int64_t k) {
         if (tile.first + i >= tile.end || k >= p.k) return C(0);
-        return load<C>(p.a.data, p.a.dtype, p.a.at(p.experts, tile.first + i) + k);
+        return load_wide<C>(p.a.data, p.a.dtype, p.a.at(p.experts, tile.first + i) + k);
       },
       [&](int64_t k, int64_t j) {
         if (k >= p.k || col + j >= p.n) return C(0);
-        return b_by_k ? load<C>(p.matrices, tile.expert, k, col + j) : load<C>(p.matrices, tile.expert, col + j, k);
+        return load_wide<C>(p.matrices.row(tile.expert, b_by_k ? k : col + j), p.matrices.dtype, b_by_k ? col + j : k);
       },
       [&](int64_t i, int64_t j, C sum) {
         if (tile.first + i < tile.end && col + j < p.n)
-          store(p.out, p.out_dtype, (tile.first + i) * p.n + col + j, sum);
+          store_wide(p.out, p.out_dtype, (tile.first + i) * p.n + col + j, sum);
       });
 }
 
@@ -102,15 +65,15 @@ __global__ void __launch_bounds__(threads) experts_from_rows_tile(GroupedProblem
       count,
       [&](int64_t i, int64_t k) {
         if (k >= count || row + i >= p.m) return C(0);
-        return load<C>(p.a.data, p.a.dtype, p.a.at(p.experts, begin + k) + row + i);
+        return load_wide<C>(p.a.data, p.a.dtype, p.a.at(p.experts, begin + k) + row + i);
       },
       [&](int64_t k, int64_t j) {
         if (k >= count || col + j >= p.n) return C(0);
-        return load<C>(p.b_rows.data, p.b_rows.dtype, p.b_rows.at(p.experts, begin + k) + col + j);
+        return load_wide<C>(p.b_rows.data, p.b_rows.dtype, p.b_rows.at(p.experts, begin + k) + col + j);
       },
       [&](int64_t i, int64_t j, C sum) {
         if (row + i >= p.m || col + j >= p.n) return;
-        store(p.matrices, expert, row + i, col + j, sum);
+        store_wide(p.matrices.row(expert, row + i), p.matrices.dtype, col + j, sum);
       });
 }
 

@@ -48,11 +48,11 @@ struct ExpertMatrices {
     second = below.data, first_rows = rows, rows += below.shape[1];
   }
 
-  template <class T>
-  __device__ T* row(int64_t expert, int64_t i) const {
-    if (!second) return static_cast<T*>(data) + (expert * rows + i) * n;
-    if (i < first_rows) return static_cast<T*>(data) + (expert * first_rows + i) * n;
-    return static_cast<T*>(second) + (expert * (rows - first_rows) + i - first_rows) * n;
+  __device__ void* row(int64_t expert, int64_t i) const {
+    const bool below = second && i >= first_rows;
+    const int64_t height = !second ? rows : below ? rows - first_rows : first_rows;
+    return static_cast<char*>(below ? second : data) +
+           (expert * height + (below ? i - first_rows : i)) * n * size_of(dtype);
   }
 };
 

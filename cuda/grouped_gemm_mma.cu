@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(threads) rows_times_experts_mma_tile(GroupedPr
     const auto row_of_b = [&](int i) -> const __nv_bfloat16* {
       const int64_t row = (b_by_k ? first : col) + row_of_copy<b_by_k>(i);
       if (row >= p.matrices.rows) return nullptr;
-      return p.matrices.row<__nv_bfloat16>(tile.expert, row) + (b_by_k ? col : first);
+      return static_cast<const __nv_bfloat16*>(p.matrices.row(tile.expert, row)) + (b_by_k ? col : first);
     };
     load_tile<b_by_k>(to + tile_numbers, row_of_b, b_by_k ? p.n - col : p.k - first, a);
   });
@@ -184,9 +184,7 @@ __global__ void __launch_bounds__(threads) experts_from_rows_mma_tile(GroupedPro
   });
   store_sums(sums, p.matrices.dtype, p.n - col, [&](int i) -> void* {
     if (row + i >= p.m) return nullptr;
-    const bool narrow = p.matrices.dtype == DType::bf16;
-    return narrow ? static_cast<void*>(p.matrices.row<bf16>(expert, row + i) + col)
-                  : static_cast<void*>(p.matrices.row<float>(expert, row + i) + col);
+    return static_cast<char*>(p.matrices.row(expert, row + i)) + col * size_of(p.matrices.dtype);
   });
 }
 

@@ -139,6 +139,28 @@ __device__ void store(void* data, DType dtype, int64_t i, C value) {
   }
 }
 
+/// The same where C is what elements of `dtype` are computed in.
+template <class C>
+__device__ C load_wide(const void* data, DType dtype, int64_t i) {
+  if constexpr (std::is_same_v<C, double>) {
+    return static_cast<const double*>(data)[i];
+  } else {
+    return dtype == DType::bf16 ? static_cast<float>(static_cast<const bf16*>(data)[i])
+                                : static_cast<const float*>(data)[i];
+  }
+}
+
+template <class C>
+__device__ void store_wide(void* data, DType dtype, int64_t i, C value) {
+  if constexpr (std::is_same_v<C, double>) {
+    static_cast<double*>(data)[i] = value;
+  } else if (dtype == DType::bf16) {
+    static_cast<bf16*>(data)[i] = value;
+  } else {
+    static_cast<float*>(data)[i] = value;
+  }
+}
+
 template <class T, class C>
 __device__ void load_pack_of(const void* data, int64_t i, C (&out)[4]) {
   const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(static_cast<const T*>(data) + i);
