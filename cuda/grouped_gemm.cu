@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(threads) rows_times_experts_tile(GroupedProble
       },
       [&](int64_t k, int64_t j) {
         if (k >= p.k || col + j >= p.n) return C(0);
-        return load_wide<C>(p.matrices.row(tile.expert, b_by_k ? k : col + j), p.matrices.dtype, b_by_k ? col + j : k);
+        const auto [data, at] = p.matrices.row(tile.expert, b_by_k ? k : col + j);
+        return load_wide<C>(data, p.matrices.dtype, at + (b_by_k ? col + j : k));
       },
       [&](int64_t i, int64_t j, C sum) {
         if (tile.first + i < tile.end && col + j < p.n)
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(threads) experts_from_rows_tile(GroupedProblem
       },
       [&](int64_t i, int64_t j, C sum) {
         if (row + i >= p.m || col + j >= p.n) return;
-        store_wide(p.matrices.row(expert, row + i), p.matrices.dtype, col + j, sum);
+        const auto [data, at] = p.matrices.row(expert, row + i);
+        store_wide(data, p.matrices.dtype, at + col + j, sum);
       });
 }
 

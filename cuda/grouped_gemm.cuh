@@ -48,11 +48,15 @@ struct ExpertMatrices {
     second = below.data, first_rows = rows, rows += below.shape[1];
   }
 
-  __device__ void* row(int64_t expert, int64_t i) const {
-    const bool below = second && i >= first_rows;
-    const int64_t height = !second ? rows : below ? rows - first_rows : first_rows;
-    return static_cast<char*>(below ? second : data) +
-           (expert * height + (below ? i - first_rows : i)) * n * size_of(dtype);
+  /// Where row i of an expert's matrix begins: an array, and an element of it.
+  struct Place {
+    void* data;
+    int64_t at;
+  };
+  __device__ Place row(int64_t expert, int64_t i) const {
+    if (!second) return {data, (expert * rows + i) * n};
+    if (i < first_rows) return {data, (expert * first_rows + i) * n};
+    return {second, (expert * (rows - first_rows) + i - first_rows) * n};
   }
 };
 

@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(threads) rows_times_experts_mma_tile(GroupedPr
     const auto row_of_b = [&](int i) -> const __nv_bfloat16* {
       const int64_t row = (b_by_k ? first : col) + row_of_copy<b_by_k>(i);
       if (row >= p.matrices.rows) return nullptr;
-      return static_cast<const __nv_bfloat16*>(p.matrices.row(tile.expert, row)) + (b_by_k ? col : first);
+      const auto [data, at] = p.matrices.row(tile.expert, row);
+      return static_cast<const __nv_bfloat16*>(data) + at + (b_by_k ? col : first);
     };
     load_tile<b_by_k>(to + tile_numbers, row_of_b, b_by_k ? p.n - col : p.k - first, a);
   });
@@ -184,7 +185,8 @@ __global__ void __launch_bounds__(threads) experts_from_rows_mma_tile(GroupedPro
   });
   store_sums(sums, p.matrices.dtype, p.n - col, [&](int i) -> void* {
     if (row + i >= p.m) return nullptr;
-    return static_cast<char*>(p.matrices.row(expert, row + i)) + col * size_of(p.matrices.dtype);
+    const auto [data, at] = p.matrices.row(expert, row + i);
+    return static_cast<char*>(data) + (at + col) * (p.matrices.dtype == DType::bf16 ? 2 : 4);
   });
 }
 
