@@ -86,22 +86,25 @@ inline StepArguments parse_step(const Options& options) {
   return out;
 }
 
-/// A model with its optimizer and one batch of random tokens.
+/// A model with its optimizer and one batch of random tokens, on the device that KNOCK_DEVICE names.
 class TrainingStep {
  public:
   explicit TrainingStep(const knock::train::Config& c)
-      : model_((knock::manual_seed(1), c.model)),
+      : device_(knock::train::usable_device("")),
+        model_((knock::manual_seed(1), c.model)),
         optimizer_(
             knock::optim::split_decay(model_.named_parameters(), knock::optim::AdamWOptions{.weight_decay = 0.1})),
         parameters_(model_.parameters()) {
+    model_.to(device_);
     if (c.train.precision == knock::train::Precision::bf16) model_.set_compute_dtype(knock::DType::bf16);
     const int64_t batch = c.train.batch_size, tokens = c.train.seq_len;
     const knock::Tensor text = knock::randint(0, c.model.vocab_size, {batch, tokens + 1});
-    inputs_ = text.narrow(1, 0, tokens).contiguous();
-    targets_ = text.narrow(1, 1, tokens).contiguous();
+    inputs_ = text.narrow(1, 0, tokens).contiguous().to(device_);
+    targets_ = text.narrow(1, 1, tokens).contiguous().to(device_);
   }
+  knock::Device device() const { return device_; }
 
-  /// Its parts are spans of a trace.
+  /// Its parts are spans of a trace. Ends when the device has ended.
   void operator()() {
     using knock::trace::Span;
     knock::Tensor loss;
@@ -117,9 +120,11 @@ class TrainingStep {
     optimizer_.step(knock::optim::clip_factor(knock::optim::grad_norm(parameters_), 1.0));
     optimizer_.zero_grad();
     for (knock::nn::MoE* moe : model_.moe_layers()) moe->update_bias();
+    knock::synchronize(device_);
   }
 
  private:
+  knock::Device device_;
   knock::models::MoeLm model_;
   knock::optim::AdamW optimizer_;
   knock::Tensors parameters_;

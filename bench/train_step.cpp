@@ -6,7 +6,7 @@
 //
 // FLOPs are counted as 6 times the active matrix weights a token (router and output head included, the look-up not)
 // plus 6 q_heads head_dim T a layer and token for causal attention: see models::cost. --trace writes one more step,
-// which is not timed, as a Chrome trace.
+// which is not timed, as a Chrome trace. KNOCK_DEVICE=cuda:0 trains on a GPU; peaks and memory are the host's.
 #include "measure.hpp"
 #include "shapes.hpp"
 
@@ -42,6 +42,8 @@ void run(const bench::Options& options) {
   bench::TrainingStep training_step(arguments.trainer);
   const Timing timing = time_steps(training_step, arguments.steps);
   const double gflop = bench::gflop_of(arguments.trainer), peak_rss_mib = bench::peak_rss_mib();
+  const Device device = training_step.device();
+  const double peak = device.kind == DeviceKind::cpu ? bench::peak_gflops(arguments.dtype()) : 0;
   bench::Table table(options, "train_step", "medians; last_allocation: the last step that took memory from the system");
   table.row({{"config", arguments.config},
              {"precision", arguments.precision()},
@@ -50,9 +52,10 @@ void run(const bench::Options& options) {
              {"most_s", timing.seconds.max, true},
              {"tokens_per_s", bench::Measured{timing.seconds.rate(bench::tokens_of(arguments.trainer))}},
              {"gflop", gflop},
-             {"gflops_per_s", bench::Measured{timing.seconds.rate(gflop), bench::peak_gflops(arguments.dtype())}},
+             {"gflops_per_s", bench::Measured{timing.seconds.rate(gflop), peak}},
              {"peak_rss_mib", peak_rss_mib},
              {"isa", std::string(to_text(cpu::isa())), true},
+             {"device", to_text(device)},
              {"last_allocation", timing.last_allocation}});
   if (arguments.trace.empty()) return;
   trace::start();

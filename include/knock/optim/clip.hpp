@@ -29,6 +29,7 @@ double clip_grad_norm_(const Tensors& params, double max_norm, ClipOptions optio
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPTIM_CLIP)
 #include <knock/autograd/grad_mode.hpp>
+#include <knock/ops/binary.hpp>
 #include <knock/ops/optim.hpp>
 
 #include <cmath>
@@ -36,12 +37,15 @@ double clip_grad_norm_(const Tensors& params, double max_norm, ClipOptions optio
 namespace knock::optim {
 
 KNOCK_FUNC double grad_norm(const Tensors& params) {
-  double sum = 0;
+  const NoGradGuard no_grad;
+  Tensor sum;  // f64, where the gradients are: read once
   for (const Tensor& param : params) {
     const Tensor grad = param.grad();
-    if (grad.defined()) sum += sum_squares(grad).item<double>();
+    if (!grad.defined()) continue;
+    const Tensor squares = sum_squares(grad);
+    sum = sum.defined() ? sum.to(squares.device()) + squares : squares;
   }
-  return std::sqrt(sum);
+  return sum.defined() ? std::sqrt(sum.item<double>()) : 0;
 }
 
 KNOCK_FUNC double clip_factor(double norm, double max_norm) {
