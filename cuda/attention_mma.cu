@@ -125,6 +125,21 @@ struct Work {
   }
 };
 
+/// Columns [begin, end) that some row of the tile from `first` on may see: keys of queries, and the other way round.
+struct Columns {
+  int begin, end;
+};
+__device__ Columns keys_of_tile(const AttentionProblem& p, int64_t first) {
+  int64_t begin, end;
+  p.keys_of(first, rows, begin, end);
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+__device__ Columns queries_of_tile(const AttentionProblem& p, int64_t first) {
+  int64_t begin, end;
+  p.queries_of(first, rows, begin, end);
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+
 /// What two rows of a lane (`group` and `group` + 8 of its warp) see of the other side. `begin` and `end` bound the
 /// columns; documents and masks are looked up.
 struct Sight {
@@ -223,15 +238,14 @@ __global__ void __launch_bounds__(threads)
   const float scale = static_cast<float>(p.scores.scale) * log2_e;
   const Sight sight(p, w.b, w.h, w.first, false);
   const DocumentRange own(p, w.b, w.first + p.scores.shift, rows);
-  int64_t begin, end;
-  p.keys_of(w.first, rows, begin, end);
-  const auto next_tile = [&](int64_t col) {
+  const auto [begin, end] = keys_of_tile(p, w.first);
+  const auto next_tile = [&, end = end](int col) {
     while (col < end && !own.meets(DocumentRange(p, w.b, col, N))) col += N;
     return col;
   };
 
   load_tile<D, rows>(q, p.q, w.b, w.h, w.first, p.queries, p.depth);
-  int64_t col = next_tile(begin / N * N);
+  int col = next_tile(begin / N * N);
   if (col < end) load_tile<D, N>(k, p.k, w.b, kv_head, col, p.keys, p.depth);
   commit_copies();
   float sums[D / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, total[2] = {};
@@ -242,8 +256,8 @@ __global__ void __launch_bounds__(threads)
     commit_copies();
     float s[N / 8][4];
     multiply_rows<D, N>(s, q, warp_row, k);
-    finish_scores<N>(s, sight, static_cast<int>(col), scale);
-    const int64_t next = next_tile(col + N);
+    finish_scores<N>(s, sight, col, scale);
+    const int next = next_tile(col + N);
     wait_copies<0>();
     __syncthreads();
     if (next < end) load_tile<D, N>(k, p.k, w.b, kv_head, next, p.keys, p.depth);
@@ -296,16 +310,15 @@ __global__ void __launch_bounds__(threads) attention_dq_mma(AttentionProblem p, 
   const float scale = static_cast<float>(p.scores.scale) * log2_e;
   const Sight sight(p, w.b, w.h, w.first, false);
   const DocumentRange own(p, w.b, w.first + p.scores.shift, rows);
-  int64_t begin, end;
-  p.keys_of(w.first, rows, begin, end);
-  const auto next_tile = [&](int64_t col) {
+  const auto [begin, end] = keys_of_tile(p, w.first);
+  const auto next_tile = [&, end = end](int col) {
     while (col < end && !own.meets(DocumentRange(p, w.b, col, N))) col += N;
     return col;
   };
 
   load_tile<D, rows>(q, p.q, w.b, w.h, w.first, p.queries, p.depth);
   load_tile<D, rows>(dy, dout, w.b, w.h, w.first, p.queries, p.v_depth);
-  int64_t col = next_tile(begin / N * N);
+  int col = next_tile(begin / N * N);
   if (col < end) {
     load_tile<D, N>(k, p.k, w.b, kv_head, col, p.keys, p.depth);
     load_tile<D, N>(v, p.v, w.b, kv_head, col, p.keys, p.v_depth);
@@ -324,10 +337,10 @@ __global__ void __launch_bounds__(threads) attention_dq_mma(AttentionProblem p, 
     float s[N / 8][4], dweights[N / 8][4];
     multiply_rows<D, N>(s, q, warp_row, k);
     multiply_rows<D, N>(dweights, dy, warp_row, v);
-    const int64_t next = next_tile(col + N);
+    const int next = next_tile(col + N);
     __syncthreads();
     if (next < end) load_tile<D, N>(v, p.v, w.b, kv_head, next, p.keys, p.v_depth);
-    finish_scores<N>(s, sight, static_cast<int>(col), scale);
+    finish_scores<N>(s, sight, col, scale);
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
       for (int e = 0; e < 4; ++e)
@@ -359,8 +372,7 @@ __global__ void __launch_bounds__(threads) attention_dkv_mma(AttentionProblem p,
   const int pair = lane % 4 * 2, piece = w.part * T;
   const float scale = static_cast<float>(p.scores.scale) * log2_e;
   const DocumentRange own(p, w.b, w.first, rows);
-  int64_t begin, end;
-  p.queries_of(w.first, rows, begin, end);
+  const auto [begin, end] = queries_of_tile(p, w.first);
 
   load_tile<D, rows>(k, p.k, w.b, w.h, w.first, p.keys, p.depth);
   load_tile<D, rows>(v, p.v, w.b, w.h, w.first, p.keys, p.v_depth);
@@ -369,14 +381,14 @@ __global__ void __launch_bounds__(threads) attention_dkv_mma(AttentionProblem p,
   const int64_t heads = p.q_heads / p.kv_heads;
   for (int64_t h = w.h * heads; h < (w.h + 1) * heads; ++h) {
     const Sight sight(p, w.b, h, w.first, true);
-    for (int64_t col = begin / N * N; col < end; col += N) {
+    for (int col = begin / N * N; col < end; col += N) {
       if (!own.meets(DocumentRange(p, w.b, col + p.scores.shift, N))) continue;
       __syncthreads();
       load_tile<D, N>(q, p.q, w.b, h, col, p.queries, p.depth);
       load_tile<D, N>(dy, dout, w.b, h, col, p.queries, p.v_depth);
       commit_copies();
       if (threadIdx.x < N) {
-        const int64_t query = col + threadIdx.x, at = (w.b * p.q_heads + h) * p.queries + query;
+        const int64_t query = int64_t{col} + threadIdx.x, at = (w.b * p.q_heads + h) * p.queries + query;
         sums_of_column[threadIdx.x] = query < p.queries ? log_sum_exp[at] * log2_e : 0;
         delta_of_column[threadIdx.x] = query < p.queries ? delta[at] : 0;
       }
@@ -384,7 +396,7 @@ __global__ void __launch_bounds__(threads) attention_dkv_mma(AttentionProblem p,
       __syncthreads();
       float s[N / 8][4], dweights[N / 8][4];
       multiply_rows<D, N>(s, k, warp_row, q);
-      finish_scores<N>(s, sight, static_cast<int>(col), scale);
+      finish_scores<N>(s, sight, col, scale);
       multiply_rows<D, N>(dweights, v, warp_row, dy);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
@@ -423,7 +435,7 @@ void dispatch(const AttentionProblem& p, Body&& body) {
   if (depth <= 32) return body(std::integral_constant<int, 32>(), std::integral_constant<int, 64>());
   if (depth <= 64) return body(std::integral_constant<int, 64>(), std::integral_constant<int, 64>());
   if (depth <= 128) return body(std::integral_constant<int, 128>(), std::integral_constant<int, 32>());
-  body(std::integral_constant<int, 256>(), std::integral_constant<int, 32>());
+  body(std::integral_constant<int, 256>(), std::integral_constant<int, 16>());
 }
 
 int64_t tiles_of(int64_t n) { return (n + rows - 1) / rows; }
