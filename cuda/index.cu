@@ -15,21 +15,6 @@
 namespace knock::cuda {
 namespace {
 
-/// Calls `body(Type<T>{})` with an unsigned integer of the dtype's size.
-template <class Body>
-void dispatch_size(DType dtype, Body&& body) {
-  switch (size_of(dtype)) {
-    case 1:
-      return body(Type<uint8_t>{});
-    case 2:
-      return body(Type<uint16_t>{});
-    case 4:
-      return body(Type<uint32_t>{});
-    default:
-      return body(Type<uint64_t>{});
-  }
-}
-
 template <class T>
 __global__ void __launch_bounds__(256) gather_elements(const __grid_constant__ Walk<3> walk, int64_t extent,
                                                        int64_t jump, const T* x, const int64_t* index, T* out) {

@@ -66,8 +66,8 @@ inline const DeviceKindTable* device_kinds[device_kind_count] = {};
 inline const DeviceKindTable& device_kind(Device device) {
   const DeviceKindTable* table = device_kinds[static_cast<int>(device.kind)];
   check(table != nullptr, "device", device,
-        " asked for, but no CUDA back-end is linked into this program; build knock where nvcc is found (see "
-        "KNOCK_CUDA) and link knock::cuda");
+        " asked for, but no CUDA back-end is linked into this program; configure knock with KNOCK_CUDA=ON, which needs "
+        "nvcc, and link knock::cuda");
   return *table;
 }
 }  // namespace detail

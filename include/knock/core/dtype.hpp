@@ -109,6 +109,21 @@ decltype(auto) dispatch_int(DType dtype, std::string_view where, Body&& body) {
   }
 }
 
+/// Calls `body(Type<T>{})` with an unsigned integer as large as an element of `dtype`: for what is moved, not computed.
+template <class Body>
+void dispatch_size(DType dtype, Body&& body) {
+  switch (size_of(dtype)) {
+    case 1:
+      return body(Type<uint8_t>{});
+    case 2:
+      return body(Type<uint16_t>{});
+    case 4:
+      return body(Type<uint32_t>{});
+    default:
+      return body(Type<uint64_t>{});
+  }
+}
+
 /// Calls `body(Type<T>{})` with the C++ type of any dtype.
 template <class Body>
 decltype(auto) dispatch_all(DType dtype, Body&& body) {

@@ -28,21 +28,6 @@ void triangle(Triangle which, int64_t diagonal, const Array& x, const Array& out
 namespace knock::cpu {
 namespace detail {
 
-/// Calls `body(Type<T>{})` with an unsigned integer as large as an element of `dtype`.
-template <class Body>
-void dispatch_size(DType dtype, Body&& body) {
-  switch (size_of(dtype)) {
-    case 1:
-      return body(Type<uint8_t>{});
-    case 2:
-      return body(Type<uint16_t>{});
-    case 4:
-      return body(Type<uint32_t>{});
-    default:
-      return body(Type<uint64_t>{});
-  }
-}
-
 template <class T>
 void gather_elements(const Array& x, int64_t axis, const Array& index, const Array& out) {
   const int64_t jump = x.strides[axis];
@@ -189,13 +174,13 @@ void add_slices(const Lines& lines, int64_t extent, const T* src, const int64_t*
 }  // namespace detail
 
 KNOCK_FUNC void gather(const Array& x, int64_t axis, const Array& index, const Array& out) {
-  detail::dispatch_size(x.dtype, [&]<class T>(Type<T>) { detail::gather_elements<T>(x, axis, index, out); });
+  dispatch_size(x.dtype, [&]<class T>(Type<T>) { detail::gather_elements<T>(x, axis, index, out); });
 }
 
 KNOCK_FUNC void scatter(const Array& src, int64_t axis, const Array& index, const Array& out) {
   if (index.numel() == 0) return;
   const detail::Lines lines(src, axis, index, out);
-  detail::dispatch_size(out.dtype, [&]<class T>(Type<T>) {
+  dispatch_size(out.dtype, [&]<class T>(Type<T>) {
     T* const to = out.as<T>();
     const T* const from = src.as<T>();
     detail::for_each_move(lines, index.as<int64_t>(), [=](int64_t t, int64_t f) { to[t] = from[f]; });
@@ -261,7 +246,7 @@ KNOCK_FUNC void nonzero(const Array& x, const Array& out) {
 KNOCK_FUNC void triangle(Triangle which, int64_t diagonal, const Array& x, const Array& out) {
   if (out.numel() == 0) return;
   const int64_t rows = x.shape[x.rank() - 2], columns = x.shape.back(), step = x.strides.back();
-  detail::dispatch_size(x.dtype, [&]<class T>(Type<T>) {
+  dispatch_size(x.dtype, [&]<class T>(Type<T>) {
     parallel_for(out.numel() / columns, std::max<int64_t>(task_elements / columns, 1), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* from = x.as<T>();
