@@ -32,7 +32,7 @@ struct Block : nn::Module {
     const Tensor mixed = scaled_dot_product_attention(split_heads(parts[0]), split_heads(parts[1]),
                                                       split_heads(parts[2]), {.causal = Causal::top_left});
     const Tensor attended = h + out(mixed.transpose(1, 2).reshape(h.shape()));
-    return attended + down(gelu(up(ln_2(attended)), "tanh"));
+    return attended + down(linear_activation(ln_2(attended), up.weight, up.bias, Activation::gelu_tanh));
   }
 };
 

@@ -2,8 +2,8 @@
 //
 // cublasLt stores matrices by columns, so it is asked for the transpose: out^T = b^T a^T, in which rows and columns
 // change their names and nothing moves. An operand whose rows or columns are dense is used where it lies; any other one
-// is copied first. f32 is computed in f32, not in TF32; bf16 is accumulated in f32. The algorithm that the library
-// proposes for a shape is asked for once.
+// is copied first. f32 is computed in f32, not in TF32; bf16 is accumulated in f32. A bias, an activation and a matrix
+// to add are parts of the product (epilogues). The algorithm that the library proposes for a shape is asked for once.
 
 #include "allocator.hpp"
 #include "device.hpp"
@@ -68,13 +68,20 @@ struct Stored {
   int64_t batch_stride = 0;
 };
 
-/// One call: out (M, N) = alpha a b + beta c for every matrix of a batch. c is out, or a bias for each column.
+/// What becomes of a product before it is written.
+struct Epilogue {
+  const void* bias = nullptr;  ///< a number for each column, in the result's dtype
+  std::optional<Unary> activation = {};
+  void* before = nullptr;  ///< keeps what the activation is given: dense, rows of a multiple of 8
+};
+
+/// One call: out (M, N) = activation(alpha a b + beta c + bias) for every matrix of a batch; c may be out.
 struct Product {
   DType in, out_type;
   int64_t m, n, k, batch;
-  Stored a, b, out;
-  const void* bias;
+  Stored a, b, c, out;
   double alpha, beta;
+  Epilogue epilogue = {};
 };
 
 /// A description that cublasLt keeps.
@@ -115,6 +122,13 @@ class Layout {
   Description<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy> description_;
 };
 
+cublasLtEpilogue_t kind_of(const Epilogue& e) {
+  if (!e.activation) return e.bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+  if (*e.activation == Unary::relu) return e.bias ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_RELU;
+  if (e.before) return e.bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+  return e.bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;  // by tanh
+}
+
 class Operation {
  public:
   explicit Operation(const Product& p) {
@@ -123,9 +137,12 @@ class Operation {
                                       wide ? CUDA_R_64F : CUDA_R_32F));
     set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (!p.bias) return;
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
+    const Epilogue& e = p.epilogue;
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE, kind_of(e));
+    if (e.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, e.bias);
+    if (!e.before) return;
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, e.before);
+    set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, p.n);
   }
   cublasLtMatmulDesc_t get() const { return description_.get(); }
 
@@ -150,7 +167,7 @@ class Preference {
     set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{32} << 20);
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignment_of(p.b.data));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, alignment_of(p.a.data));
-    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.out.data));
+    set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, alignment_of(p.c.data));
     set(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, alignment_of(p.out.data));
   }
   cublasLtMatmulPreference_t get() const { return description_.get(); }
@@ -166,7 +183,7 @@ class Preference {
 /// The algorithms that were proposed, by all that they depend on.
 class Algorithms {
  public:
-  using Key = std::array<int64_t, 22>;
+  using Key = std::array<int64_t, 25>;
   using Choice = cublasLtMatmulHeuristicResult_t;
 
   static Algorithms& instance() {
@@ -202,13 +219,16 @@ Algorithms::Key key_of(const Product& p) {
           p.b.batch_stride,
           p.out.pitch,
           p.out.batch_stride,
-          p.bias != nullptr,
+          p.c.pitch,
+          p.c.batch_stride,
+          kind_of(p.epilogue),
           p.beta == 0,
           alignment_of(p.a.data),
           alignment_of(p.b.data),
+          alignment_of(p.c.data),
           alignment_of(p.out.data),
-          alignment_of(p.bias),
-          0};
+          alignment_of(p.epilogue.bias),
+          alignment_of(p.epilogue.before)};
 }
 
 std::string product_text(const Product& p) {
@@ -217,12 +237,13 @@ std::string product_text(const Product& p) {
 
 void run(const Product& p) {
   const Operation operation(p);
-  const Layout a(p.a, p.in, p.batch), b(p.b, p.in, p.batch), out(p.out, p.out_type, p.batch);
+  const Layout a(p.a, p.in, p.batch), b(p.b, p.in, p.batch), c(p.c, p.out_type, p.batch),
+      out(p.out, p.out_type, p.batch);
   const auto choice = Algorithms::instance().find(key_of(p), [&] {
     const Preference preference(p);
     cublasLtMatmulHeuristicResult_t proposed{};
     int count = 0;
-    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), operation.get(), b.get(), a.get(), out.get(),
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(handle(), operation.get(), b.get(), a.get(), c.get(),
                                                                  out.get(), preference.get(), 1, &proposed, &count);
     check(status == CUBLAS_STATUS_SUCCESS && count > 0, "gemm", "cublasLt has no algorithm for ", product_text(p));
     return proposed;
@@ -233,8 +254,8 @@ void run(const Product& p) {
   const void* const alpha_place = wide ? static_cast<const void*>(&p.alpha) : &alpha;
   const void* const beta_place = wide ? static_cast<const void*>(&p.beta) : &beta;
   void* const to = const_cast<void*>(p.out.data);
-  KNOCK_LT(cublasLtMatmul(handle(), operation.get(), alpha_place, p.b.data, b.get(), p.a.data, a.get(), beta_place, to,
-                          out.get(), to, out.get(), &choice.algo, workspace.as<void>(), choice.workspaceSize,
+  KNOCK_LT(cublasLtMatmul(handle(), operation.get(), alpha_place, p.b.data, b.get(), p.a.data, a.get(), beta_place,
+                          p.c.data, c.get(), to, out.get(), &choice.algo, workspace.as<void>(), choice.workspaceSize,
                           current_stream()));
   after_launch("gemm");
 }
@@ -251,6 +272,11 @@ std::optional<Stored> stored_matrix(const Array& x) {
   if ((row_step == 1 || rows == 1) && (column_step >= rows || columns == 1))
     return Stored{x.data, columns, rows, columns == 1 ? rows : column_step, true};
   return {};
+}
+
+bool stored_by_rows(const Array& x) {
+  const auto stored = stored_matrix(x);
+  return stored && !stored->transposed;
 }
 
 /// An operand in the dtype of the product with dense rows or columns: as it is, or a copy.
@@ -314,11 +340,13 @@ Array last_matrix(const Array& x) {
 
 char* at_element(const Array& x, int64_t offset) { return static_cast<char*>(x.data) + offset * size_of(x.dtype); }
 
-/// out = alpha a b + beta out + bias, for operands that are stored as products want them: in strided batches along the
-/// innermost axis that all leading axes merge into, one call for each index of the others.
-void run_batches(double alpha, const Array& a, const Array& b, double beta, const void* bias, const Array& out) {
-  const Array leading_a = leading_axes(a), leading_b = leading_axes(b), leading_out = leading_axes(out);
-  const LoopNest<3> nest = merge_axes<3>({&leading_out, &leading_a, &leading_b});
+/// out = activation(alpha a b + beta c + bias), for operands that are stored as products want them: in strided batches
+/// along the innermost axis that all leading axes merge into, one call for each index of the others.
+void run_batches(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Epilogue& epilogue,
+                 const Array& out) {
+  const Array leading_a = leading_axes(a), leading_b = leading_axes(b), leading_c = leading_axes(c),
+              leading_out = leading_axes(out);
+  const LoopNest<4> nest = merge_axes<4>({&leading_out, &leading_a, &leading_b, &leading_c});
   const int64_t inner = nest.shape.rank() - 1, batch = nest.shape[inner];
   const int64_t rank = a.rank();
   Product p{.in = a.dtype,
@@ -329,33 +357,53 @@ void run_batches(double alpha, const Array& a, const Array& b, double beta, cons
             .batch = batch,
             .a = *stored_matrix(a),
             .b = *stored_matrix(b),
+            .c = *stored_matrix(c),
             .out = *stored_matrix(out),
-            .bias = bias,
             .alpha = alpha,
-            .beta = beta};
+            .beta = beta,
+            .epilogue = epilogue};
   p.out.batch_stride = nest.strides[0][inner];
   p.a.batch_stride = nest.strides[1][inner];
   p.b.batch_stride = nest.strides[2][inner];
+  p.c.batch_stride = nest.strides[3][inner];
   const int64_t calls = nest.shape.numel() / batch;
   for (int64_t call = 0; call < calls; ++call) {
-    std::array<int64_t, 3> offset{};
+    std::array<int64_t, 4> offset{};
     for (int64_t axis = inner - 1, rest = call; axis >= 0; --axis) {
-      for (std::size_t k = 0; k < 3; ++k) offset[k] += rest % nest.shape[axis] * nest.strides[k][axis];
+      for (std::size_t k = 0; k < 4; ++k) offset[k] += rest % nest.shape[axis] * nest.strides[k][axis];
       rest /= nest.shape[axis];
     }
     p.out.data = at_element(out, offset[0]);
     p.a.data = at_element(a, offset[1]);
     p.b.data = at_element(b, offset[2]);
+    p.c.data = at_element(c, offset[3]);
     run(p);
   }
 }
 
-/// Whether c is one number for each column, as the library adds it in its epilogue.
-bool is_bias(const Array& c, DType dtype) {
-  for (int64_t axis = 0; axis < c.rank() - 1; ++axis)
-    if (c.shape[axis] != 1 && c.strides[axis] != 0) return false;
-  return c.dtype == dtype && dtype != DType::f64 && (c.strides.back() == 1 || c.shape.back() == 1);
-}
+/// A bias, one number for each column, as the library adds it: dense and in the result's dtype, converted if need be.
+class Bias {
+ public:
+  /// c: what is added to a result of `dtype`, whatever it is.
+  Bias(const Array& c, DType dtype) {
+    if (!c.defined() || dtype == DType::f64) return;
+    for (int64_t axis = 0; axis < c.rank() - 1; ++axis)
+      if (c.shape[axis] != 1 && c.strides[axis] != 0) return;
+    if (c.dtype != dtype && dtype != DType::bf16) return;
+    const Array row{c.data, c.dtype, {c.shape.back()}, {c.strides.back()}};
+    data_ = row.data;
+    if (row.dtype == dtype && row.contiguous()) return;
+    memory_.emplace(row.numel() * size_of(dtype));
+    data_ = memory_->as<void>();
+    copy({memory_->as<void>(), dtype, row.shape, {1}}, row);
+  }
+  /// Null when c is no bias.
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_ = nullptr;
+  std::optional<Scratch> memory_;
+};
 
 /// The result of a product in a dtype that cublasLt writes: the given array, or memory that is converted at the end.
 class Target {
@@ -392,10 +440,11 @@ void gemm(double alpha, const Array& a, const Array& b, double beta, const Array
   const bool narrow = a.dtype == DType::bf16 || b.dtype == DType::bf16;
   const DType in = narrow ? DType::bf16 : a.dtype;
   const DType natural = narrow ? out.dtype : in;
-  const bool has_bias = beta == 1 && is_bias(c, natural);
-  const bool rounds_late = beta != 0 && !has_bias && c.dtype != natural;  // c is added before the result is rounded
-  const Target target(out, rounds_late ? compute_dtype(in) : natural);
-  if (beta != 0 && !has_bias && c.data != target.array.data) copy(target.array, c);
+  const Bias bias(beta == 1 ? c : Array{}, natural);
+  const bool adds = beta != 0 && !bias.data();
+  const Target target(out, adds && c.dtype != natural ? compute_dtype(in) : natural);  // c is added, then it is rounded
+  const bool takes_c = adds && c.dtype == target.array.dtype && c.rank() == 2 && stored_by_rows(c);
+  if (adds && !takes_c && c.data != target.array.data) copy(target.array, c);
 
   const Prepared left(a, in), right(b, in);
   Array x = left.array, y = right.array, z = target.array;
@@ -404,8 +453,25 @@ void gemm(double alpha, const Array& a, const Array& b, double beta, const Array
     y = last_matrix(y);
     if (!stored_matrix(x)) x = left.array, y = right.array, z = target.array;
   }
-  run_batches(alpha, x, y, has_bias ? 0 : beta, has_bias ? c.data : nullptr, z);
+  run_batches(alpha, x, y, adds ? beta : 0, takes_c ? c : z, {.bias = bias.data()}, z);
   target.write_back();
+}
+
+void gemm_activation(const Array& a, const Array& b, const Array& bias, Unary activation, const Array& out_before,
+                     const Array& out) {
+  if (out.numel() == 0) return;
+  const DType dtype = out.dtype;
+  const Bias row(a.shape.back() == 0 || a.dtype != dtype ? Array{} : bias, dtype);
+  const bool known = activation == Unary::relu || activation == Unary::gelu_tanh;
+  if (!known || dtype == DType::f64 || a.dtype != dtype || a.shape.back() == 0 || (bias.defined() && !row.data()) ||
+      (out_before.defined() && out.shape[1] % 8 != 0)) {
+    const Array before = out_before.defined() ? out_before : out;
+    gemm(1, a, b, bias.defined() ? 1 : 0, bias, before);
+    return unary(activation, {}, before, out);
+  }
+  const Prepared left(a, dtype), right(b, dtype);
+  run_batches(1, left.array, right.array, 0, out,
+              {.bias = row.data(), .activation = activation, .before = out_before.data}, out);
 }
 
 void gemm_many(const Array& a, std::span<const Array> b, std::span<const Array> out) {

@@ -565,6 +565,11 @@ op("linear", lambda x, a: F.linear(*x), case(R(3, 4), R(5, 4), R(5)), case(R(3, 
    case(R(4), R(5, 4), R(5)), case(R(2, 3, 4), R(5, 4), R(5)), case(R(2, 2, 3, 4), R(5, 4), None),
    case(R(0, 4), R(5, 4), R(5)), case(R(3, 0), R(5, 0), R(5)), case(R(1, 1), R(1, 1), R(1)),
    case(R(17, 33), R(9, 33), R(9)))
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+op("linear_activation", lambda x, a: ACTIVATIONS[a["activation"]](F.linear(*x)),
+   *(case(*x, activation=name) for name in ACTIVATIONS for x in ((R(3, 4), R(5, 4), R(5)), (R(2, 3, 4), R(8, 4), None))),
+   *(case(*x, activation="gelu_tanh") for x in ((R(4), R(5, 4), R(5)), (R(0, 4), R(8, 4), R(8)), (R(1, 1), R(1, 1), R(1)),
+                                                (R(3, 0), R(8, 0), R(8)), (R(17, 33), R(16, 33), R(16)))))
 op("einsum", lambda x, a: torch.einsum(a["equation"], *x), case(R(3, 4), R(4, 5), equation="ij,jk->ik"),
    case(R(3, 4), R(4, 5), equation="ij,jk"), case(R(2, 3, 4), R(2, 4, 5), equation="bij,bjk->bik"),
    case(R(4, 4), equation="ii->i"), case(R(4, 4), equation="ii"), case(R(3, 4), equation="ij->ji"),

@@ -52,6 +52,14 @@ NllOptions nll_options(const Args& a) {
   return {.ignore_index = a.integer("ignore_index", -100), .reduction = reduction(a)};
 }
 
+Activation activation(const Args& a) {
+  const std::string name = a.text("activation", "relu");
+  return name == "relu"   ? Activation::relu
+         : name == "gelu" ? Activation::gelu
+         : name == "silu" ? Activation::silu
+                          : Activation::gelu_tanh;
+}
+
 RopeOptions rope_options(const Args& a) {
   return {.theta = a.number("theta", 1e4), .interleaved = a.flag("interleaved")};
 }
@@ -214,6 +222,10 @@ const std::vector<Family>& families() {
        .large = LARGE(f64({300}), f64({257}))},
       {.op = "linear", .call = OP(linear(x[0], x[1], x.size() > 2 ? x[2] : Tensor())), .roundings = 2,
        .large = LARGE(f64({3, 50, 170}), f64({130, 170}), f64({130}))},
+      {.op = "linear_activation",
+       .call = OP(linear_activation(x[0], x[1], x.size() > 2 ? x[2] : Tensor(), activation(a))), .roundings = 3,
+       .twin = OP(composite::linear_activation(x[0], x[1], x.size() > 2 ? x[2] : Tensor(), activation(a))),
+       .large = LARGE(f64({3, 50, 170}), f64({136, 170}), f64({136})), .large_args = "activation=gelu_tanh"},
       {.op = "einsum", .call = OP(einsum(a.text("equation", ""), x)), .roundings = 2, .any_shapes = true,
        .large = LARGE(f64({3, 50, 170}), f64({3, 170, 60})), .large_args = "equation=bij,bjk->bik"},
     }},

@@ -189,6 +189,10 @@ struct Backend {
   void (*gemm)(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) = nullptr;
   /// out[i] = a b[i], as gemm makes each: a (M, K), b[i] (K, N_i), out[i] (M, N_i) dense.
   void (*gemm_many)(const Array& a, std::span<const Array> b, std::span<const Array> out) = nullptr;
+  /// out = activation(a b + bias): a (M, K), b (K, N), bias (M, N) or undefined, dtypes as gemm's; out and out_before
+  /// (M, N) dense, of a's dtype; out_before is what the activation is given, undefined where that is not wanted.
+  void (*gemm_activation)(const Array& a, const Array& b, const Array& bias, Unary activation, const Array& out_before,
+                          const Array& out) = nullptr;
 
   /// Rotates the pairs of features of every row. x and out (..., T, D); positions (T), or (B, T) where B is x's first
   /// axis.
@@ -284,7 +288,7 @@ struct Backend {
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
   X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) \
-  X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many)
+  X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

@@ -95,6 +95,8 @@ template <class... Args>
 void refine(Work&, const Args&...) {}
 void refine(Work& work, double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out);
 void refine(Work& work, const Array& a, const std::span<const Array>& b, const std::span<const Array>& out);
+void refine(Work& work, const Array& a, const Array& b, const Array& bias, const Unary& activation, const Array& before,
+            const Array& out);
 void refine(Work& work, const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
             const Array& mask, const Array& documents, const Array& out, const Array& log_sum_exp);
 void refine(Work& work, const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
@@ -233,6 +235,11 @@ KNOCK_FUNC void refine(Work& work, double, const Array& a, const Array&, double 
 KNOCK_FUNC void refine(Work& work, const Array& a, const std::span<const Array>&, const std::span<const Array>& out) {
   for (const Array& part : out)
     work.flop += 2 * static_cast<double>(part.numel()) * static_cast<double>(a.shape.back());
+}
+
+KNOCK_FUNC void refine(Work& work, const Array& a, const Array&, const Array&, const Unary&, const Array&,
+                       const Array& out) {
+  work.flop = 2 * static_cast<double>(out.numel()) * static_cast<double>(a.shape.back());
 }
 
 /// Pairs of a query and a key that it sees, over all batches and heads.

@@ -8,6 +8,7 @@
 #include <knock/cpu/copy.hpp>
 #include <knock/cpu/dropout.hpp>
 #include <knock/cpu/gemm.hpp>
+#include <knock/cpu/gemm_activation.hpp>
 #include <knock/cpu/gemm_many.hpp>
 #include <knock/cpu/index.hpp>
 #include <knock/cpu/loss.hpp>

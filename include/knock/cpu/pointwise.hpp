@@ -33,7 +33,7 @@ using pointwise::Params;
 using Loop = void (*)(PointwiseParams params, const void* const* in, void* out, int64_t n);
 
 /// An operand and the dtype the loop wants it in.
-struct Operand {
+struct ElementOperand {
   const Array* array;
   DType type;
 };
@@ -76,7 +76,7 @@ void copy_strided(const From* from, int64_t from_step, To* to, int64_t to_step, 
 }
 
 /// n elements of an array's row, from `offset` on with `step`, into a dense buffer of another dtype.
-inline void load(const Operand& operand, int64_t offset, int64_t step, int64_t n, void* to) {
+inline void load(const ElementOperand& operand, int64_t offset, int64_t step, int64_t n, void* to) {
   dispatch_operand_type(operand.type, [&]<class To>(Type<To>) {
     dispatch_all(operand.array->dtype, [&]<class From>(Type<From>) {
       copy_strided(operand.array->as<From>() + offset, step, static_cast<To*>(to), 1, n);
@@ -85,7 +85,7 @@ inline void load(const Operand& operand, int64_t offset, int64_t step, int64_t n
 }
 
 /// The way back.
-inline void store(const Operand& operand, int64_t offset, int64_t step, int64_t n, const void* from) {
+inline void store(const ElementOperand& operand, int64_t offset, int64_t step, int64_t n, const void* from) {
   dispatch_operand_type(operand.type, [&]<class From>(Type<From>) {
     dispatch_all(operand.array->dtype, [&]<class To>(Type<To>) {
       copy_strided(static_cast<const From*>(from), 1, operand.array->as<To>() + offset, step, n);
@@ -120,7 +120,7 @@ void for_each_segment(const Shape& shape, const Strides& strides, int64_t begin,
 }
 
 /// Elements [begin, begin + n) of a loop nest, whose rows are short, into a dense buffer.
-inline void gather(const Operand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
+inline void gather(const ElementOperand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
                    void* to) {
   dispatch_operand_type(operand.type, [&]<class To>(Type<To>) {
     dispatch_all(operand.array->dtype, [&]<class From>(Type<From>) {
@@ -136,7 +136,7 @@ inline void gather(const Operand& operand, const Shape& shape, const Strides& st
 }
 
 /// The way back.
-inline void scatter(const Operand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
+inline void scatter(const ElementOperand& operand, const Shape& shape, const Strides& strides, int64_t begin, int64_t n,
                     const void* from) {
   dispatch_operand_type(operand.type, [&]<class From>(Type<From>) {
     dispatch_all(operand.array->dtype, [&]<class To>(Type<To>) {
@@ -163,7 +163,7 @@ inline bool is_constant(const Array& array) {
 
 /// Dense operands of the loop's own types, and single numbers: no loop nest is needed.
 template <std::size_t K>
-void apply_dense(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands,
+void apply_dense(Loop loop, PointwiseParams params, const std::array<ElementOperand, K>& operands,
                  const std::array<bool, K>& constant) {
   bool any_constant = false;
   for (const bool c : constant) any_constant = any_constant || c;
@@ -182,7 +182,7 @@ void apply_dense(Loop loop, PointwiseParams params, const std::array<Operand, K>
 
 /// Any layout with long rows: operands with steps other than 1, or of other dtypes, pass through buffers.
 template <std::size_t K>
-void apply_rows(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands,
+void apply_rows(Loop loop, PointwiseParams params, const std::array<ElementOperand, K>& operands,
                 const std::array<const Array*, K>& arrays) {
   for_each_row<K>(arrays, [&](const auto& offsets, const auto& steps, int64_t n) {
     Buffer buffers[K];
@@ -210,7 +210,8 @@ void apply_rows(Loop loop, PointwiseParams params, const std::array<Operand, K>&
 
 /// Any layout with short rows: blocks hold several of them.
 template <std::size_t K>
-void apply_blocks(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands, const LoopNest<K>& nest) {
+void apply_blocks(Loop loop, PointwiseParams params, const std::array<ElementOperand, K>& operands,
+                  const LoopNest<K>& nest) {
   bool direct[K];
   for (std::size_t k = 0; k < K; ++k)
     direct[k] = operands[k].array->dtype == operands[k].type && is_contiguous(nest.shape, nest.strides[k]);
@@ -232,7 +233,7 @@ void apply_blocks(Loop loop, PointwiseParams params, const std::array<Operand, K
 
 /// Applies the loop to operands of any dtype and layout; the first one is the output.
 template <std::size_t K>
-void apply(Loop loop, PointwiseParams params, const std::array<Operand, K>& operands) {
+void apply(Loop loop, PointwiseParams params, const std::array<ElementOperand, K>& operands) {
   if (operands[0].array->numel() == 0) return;
   std::array<bool, K> constant{};
   std::array<const Array*, K> arrays;
@@ -271,7 +272,7 @@ Params<C> to_params(PointwiseParams params) {
 }
 
 template <class F, class C>
-using Result = std::conditional_t<F::domain == pointwise::predicate, uint8_t, C>;
+using ResultOf = std::conditional_t<F::domain == pointwise::predicate, uint8_t, C>;
 
 // Some ops call the standard library, and such loops stay scalar: clang need not warn that it cannot vectorise them.
 #ifdef __clang__
@@ -306,10 +307,10 @@ void unary_loop(PointwiseParams given, const void* const* in, void* out, int64_t
   if constexpr (has_near<F, C>) {
     if (all_near<F>(x, n)) return unary_loop<typename F::Near, C>(given, in, out, n);
   }
-  auto* y = static_cast<Result<F, C>*>(out);
+  auto* y = static_cast<ResultOf<F, C>*>(out);
   const auto loop = [=] {
     KNOCK_SIMD
-    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<Result<F, C>>(F::f(x[i], params));
+    for (int64_t i = 0; i < n; ++i) y[i] = static_cast<ResultOf<F, C>>(F::f(x[i], params));
   };
   if constexpr (for_every_isa<F, C>) {
     vectorized(loop);
@@ -338,13 +339,13 @@ template <class F, class C, class T = C>
 void binary_loop(PointwiseParams given, const void* const* in, void* out, int64_t n) {
   const Params<C> params = to_params<C>(given);
   const T *a = static_cast<const T*>(in[0]), *b = static_cast<const T*>(in[1]);
-  auto* y = static_cast<std::conditional_t<std::is_same_v<T, C>, Result<F, C>, T>*>(out);
+  auto* y = static_cast<std::conditional_t<std::is_same_v<T, C>, ResultOf<F, C>, T>*>(out);
   if constexpr (F::divides && std::is_integral_v<C>) {
     for (int64_t i = 0; i < n; ++i) check(b[i] != 0, "divide", "integer division by zero");
   }
   KNOCK_SIMD
   for (int64_t i = 0; i < n; ++i)
-    y[i] = static_cast<Result<F, C>>(F::f(static_cast<C>(a[i]), static_cast<C>(b[i]), params));
+    y[i] = static_cast<ResultOf<F, C>>(F::f(static_cast<C>(a[i]), static_cast<C>(b[i]), params));
 }
 
 /// Operands and result in bf16, without a detour through buffers of f32.

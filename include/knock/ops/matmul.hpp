@@ -36,6 +36,17 @@ Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta 
 /// bf16 x weight and bias may be f32, which are rounded as they are read: their gradients stay f32.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 
+/// What linear_activation applies: relu(x), gelu(x), gelu(x, "tanh"), silu(x).
+enum class Activation : uint8_t { relu, gelu, gelu_tanh, silu };
+
+/// activation(linear(x, weight, bias)); relu and gelu_tanh are one kernel with the product on CUDA.
+Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation);
+
+namespace composite {
+/// The same written with other ops: documentation and oracle.
+Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation);
+}  // namespace composite
+
 /// linear(x, weight) for each of several weights. Of few rows, and without gradients, in one pass over all of them.
 Tensors linear_many(const Tensor& x, const Tensors& weights);
 
@@ -49,6 +60,10 @@ Tensor einsum(std::string_view equation, const Tensors& operands);
 }  // namespace knock
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MATMUL)
+#include <knock/autograd/twin.hpp>
+#include <knock/ops/pointwise.hpp>
+#include <knock/ops/pointwise_functors.hpp>
+
 #include <algorithm>
 #include <array>
 #include <string>
@@ -204,35 +219,97 @@ KNOCK_FUNC Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, d
                           });
 }
 
-KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  detail::check_linear(x, weight);
-  if (bias.defined()) {
-    detail::check_weight("linear", x, bias);
+namespace detail {
+
+/// x dense as (R, in), and the result's shape (..., out).
+struct LinearOperands {
+  Tensor x;
+  Shape shape;
+
+  LinearOperands(const Tensor& given, const Tensor& weight, const Tensor& bias)
+      : x(given.rank() == 2 ? given : given.detach().contiguous()), shape(leading(given.shape(), 1)) {
+    shape.push_back(weight.size(0));
+    if (!bias.defined()) return;
+    check_weight("linear", given, bias);
     check(bias.shape() == Shape{weight.size(0)}, "linear", "bias ", bias, " does not match the rows of weight ",
           weight);
   }
-  Shape shape = detail::leading(x.shape(), 1);
-  shape.push_back(weight.size(0));
-  Tensor y = empty(shape, {x.dtype(), x.device()});  // (..., out)
-  const Tensor dense = x.rank() == 2 ? x : x.detach().contiguous();
-  const Array out = detail::rows_of(y);  // (R, out)
-  kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(dense), detail::transposed(weight.array()),
-                                      bias.defined() ? 1 : 0, bias.defined() ? bias.array().expand(out.shape) : Array{},
-                                      out);
+};
+
+KNOCK_FUNC Array bias_or_none(const Tensor& bias, const Array& out) {
+  return bias.defined() ? bias.array().expand(out.shape) : Array{};
+}
+
+/// Gradients of x, weight and bias, from that of x w^T + bias.
+KNOCK_FUNC Tensors linear_gradients(const autograd::Upstream& up, const Tensor& dy, const Tensor& x, const Tensor& w,
+                                    const Tensor& bias) {
+  Tensors gradients(3);
+  if (up.needs(0)) gradients[0] = mixed_product(dy, w, dy.dtype());
+  if (up.needs(1)) gradients[1] = mixed_product(as_rows(dy).t(), as_rows(x), w.dtype());
+  if (up.needs(2)) gradients[2] = sum_to(dy, {dy.shape().back()}).to(bias.dtype());
+  return gradients;
+}
+
+KNOCK_FUNC Unary unary_of(Activation activation) {
+  constexpr Unary ops[] = {Unary::relu, Unary::gelu, Unary::gelu_tanh, Unary::silu};
+  return ops[static_cast<int>(activation)];
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  detail::check_linear(x, weight);
+  const detail::LinearOperands operands(x, weight, bias);
+  Tensor y = empty(operands.shape, {x.dtype(), x.device()});  // (..., out)
+  const Array out = detail::rows_of(y);                       // (R, out)
+  kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(operands.x), detail::transposed(weight.array()),
+                                      bias.defined() ? 1 : 0, detail::bias_or_none(bias, out), out);
   return autograd::record("linear", y, {x, weight, bias},
                           [sx = autograd::Saved(x), sw = autograd::Saved(weight),
                            sb = autograd::Saved(bias)](const autograd::Upstream& up) -> Tensors {
-                            const Tensor dy = up.dy(), w = sw.get(up);  // (..., out), (out, in)
-                            Tensors gradients(3);
-                            if (up.needs(0)) gradients[0] = detail::mixed_product(dy, w, dy.dtype());
-                            if (up.needs(1))
-                              gradients[1] = detail::mixed_product(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)),
-                                                                   w.dtype());
-                            if (up.needs(2))
-                              gradients[2] = detail::sum_to(dy, {dy.shape().back()}).to(sb.get(up).dtype());
-                            return gradients;
+                            return detail::linear_gradients(up, up.dy(), sx.get(up), sw.get(up), sb.get(up));
                           });
 }
+
+KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation) {
+  detail::check_linear(x, weight);
+  const detail::LinearOperands operands(x, weight, bias);
+  const Unary op = detail::unary_of(activation);
+  const bool from_output = activation == Activation::relu;  // what the gradient follows from; else from `before`
+  const bool recorded = autograd::is_recording() &&
+                        (x.requires_grad() || weight.requires_grad() || (bias.defined() && bias.requires_grad()));
+  const TensorOptions options{x.dtype(), x.device()};
+  Tensor y = empty(operands.shape, options);                                                   // (..., out)
+  const Tensor before = recorded && !from_output ? empty(operands.shape, options) : Tensor();  // (..., out)
+  const Array out = detail::rows_of(y);                                                        // (R, out)
+  kernel(&Backend::gemm_activation, "linear_activation", x)(
+      detail::rows_of(operands.x), detail::transposed(weight.array()), detail::bias_or_none(bias, out), op,
+      before.defined() ? detail::rows_of(before) : Array{}, out);
+  return autograd::record(
+      "linear_activation", y, {x, weight, bias},
+      [sx = autograd::Saved(x), sw = autograd::Saved(weight), sb = autograd::Saved(bias), before, op, activation,
+       options, from_output,
+       sy = from_output ? autograd::SavedOutput(y) : autograd::SavedOutput()](const autograd::Upstream& up) -> Tensors {
+        const Tensor in = sx.get(up), w = sw.get(up), b = sb.get(up);
+        if (autograd::is_recording())
+          return autograd::twin_gradients(up, {in, w, b}, [&](const Tensors& i) {
+            return composite::linear_activation(i[0], i[1], i[2], activation);
+          });
+        const Tensor dy = up.dy(), v = from_output ? sy.get(up) : before, dbefore = empty(dy.shape(), options);
+        kernel(&Backend::unary_backward, "linear_activation", v)(op, {}, v.array(), dy.array(), dbefore.array());
+        return detail::linear_gradients(up, dbefore, in, w, b);
+      });
+}
+
+namespace composite {
+
+KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation) {
+  const Tensor before = linear(x, weight, bias);
+  if (activation == Activation::relu) return relu(before);
+  return activation == Activation::silu ? silu(before) : gelu(before, activation == Activation::gelu ? "none" : "tanh");
+}
+
+}  // namespace composite
 
 KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
   bool recorded = x.requires_grad();
