@@ -15,6 +15,8 @@
 #include <knock/ops/softmax.hpp>
 #include <knock/ops/view.hpp>
 #include <knock/optim/adamw.hpp>
+#include <knock/optim/clip.hpp>
+#include <knock/optim/sgd.hpp>
 
 #include <doctest/doctest.h>
 #include <counters.hpp>
@@ -105,8 +107,37 @@ TEST_CASE("limits: one pass over memory") {
     const Tensor x = a.detach().requires_grad_();
     rms_norm(x, w).backward(b);
   });
-  Tensor parameter = a.clone().requires_grad_();
-  parameter.set_grad(b);
-  optim::AdamW adamw({parameter}, {});
-  check_limits({{.kernel = "pointwise_kernel"}}, [&] { adamw.step(); });
+}
+
+TEST_CASE("limits: optimizers, in at most two launches for any number of tensors") {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Tensors params;
+    for (int i = 0; i < 300; ++i) {  // many small ones, and a few large ones
+      params.push_back(on_device(i % 100 == 0 ? Shape{257, 512} : Shape{128}, dtype).requires_grad_());
+      params.back().set_grad(on_device(params.back().shape(), dtype));
+    }
+    optim::AdamW adamw(params, {});
+    optim::SGD sgd(params, {.momentum = 0.9});
+    const auto step = [&] {
+      optim::grad_norm(params);
+      adamw.step();
+      sgd.step();
+      scale_({params[0].grad(), params[1].grad()}, 0.5);
+    };
+    step();  // makes the moments
+    check_limits({{.kernel = "AdamW<float>"},
+                  {.kernel = "Sgd<float>"},
+                  {.kernel = "square_chunks"},
+                  {.kernel = "scale_chunks"}},
+                 step);
+    const auto launches = [](const std::string& kernel) {
+      uint64_t sum = 0;
+      for (const auto& [name, c] : cuda_sim::kernel_counters())
+        if (name.find(kernel) != std::string::npos) sum += c.launches;
+      return sum;
+    };
+    CHECK(launches("AdamW<float>") == 1);
+    CHECK(launches("Sgd<float>") == 1);
+    CHECK(launches("") == 1 + 1 + 2 + 1 + 1);  // the norm's two; the host reads it
+  }
 }

@@ -46,12 +46,29 @@ TEST_CASE("clip_grad_norm_: norms that f32 cannot hold, NaN and infinities") {
   CHECK(test::contains(test::error_of([&] { clip_grad_norm_({nan}, -1); }), "max_norm must not be negative"));
 }
 
-TEST_CASE("sum_squares: any strides, any floating dtype, empty") {
+TEST_CASE("sum_squares: any strides, any floating dtype, empty, many") {
   const Tensor x = randn({37, 501}, {DType::f64});
   double expected = 0;
   for (const double value : x.to_vector<double>()) expected += value * value;
-  CHECK(sum_squares(x.t()).item() == doctest::Approx(expected).epsilon(1e-14));
-  CHECK(sum_squares(x.to(DType::f32)).item() == doctest::Approx(expected).epsilon(1e-7));
-  CHECK(sum_squares(x.to(DType::bf16)).item() == doctest::Approx(expected).epsilon(1e-3));
-  CHECK(sum_squares(zeros({0, 3})).item() == 0);
+  CHECK(sum_squares({x.t()}).item() == doctest::Approx(expected).epsilon(1e-14));
+  CHECK(sum_squares({x.to(DType::f32)}).item() == doctest::Approx(expected).epsilon(1e-7));
+  CHECK(sum_squares({x.to(DType::bf16)}).item() == doctest::Approx(expected).epsilon(1e-3));
+  CHECK(sum_squares({zeros({0, 3})}).item() == 0);
+  CHECK(sum_squares({}).item() == 0);
+  const Tensor narrow = x.to(DType::bf16), wide = x.to(DType::f32);
+  CHECK(sum_squares({narrow, zeros({0}), x.t(), wide}).item() ==
+        sum_squares({narrow}).item() + sum_squares({x.t()}).item() + sum_squares({wide}).item());
+  CHECK(test::contains(test::error_of([] { sum_squares({arange(3)}); }), "needs floating tensors"));
+}
+
+TEST_CASE("scale_: the bits of mul_, any strides and dtype, a version for autograd") {
+  for (const DType dtype : {DType::f32, DType::f64, DType::bf16}) {
+    Tensor dense = randn({70, 501}).to(dtype), strided = randn({20, 30}).to(dtype), expected = dense.clone(),
+           expected_strided = strided.clone();
+    const uint32_t version = dense.impl().storage->version;
+    scale_({dense, zeros({0}, {dtype}), strided.t(), strided.slice(0, 0, 0)}, 0.3);
+    CHECK(test::same_bits(dense, expected.mul_(0.3)));
+    CHECK(test::same_bits(strided, expected_strided.mul_(0.3)));
+    CHECK(dense.impl().storage->version != version);
+  }
 }

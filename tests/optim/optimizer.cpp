@@ -192,7 +192,46 @@ TEST_CASE("optimizers: errors at construction") {
 
 TEST_CASE("optimizer steps: tensors that do not fit are refused") {
   const Tensor p = randn({3}), g = randn({3}), m = zeros({3});
-  CHECK(contains(error_of([&] { adamw_step_(p, randn({2}), m, m, {}); }), "gradient (2,) f32 cpu does not match"));
-  CHECK(contains(error_of([&] { adamw_step_(p, g, m, zeros({3}, {DType::f64}), {}); }), "state (3,) f64 cpu"));
-  CHECK(contains(error_of([&] { sgd_step_(randn({3, 3}).t(), randn({3, 3}), {}, {}); }), "not contiguous"));
+  CHECK(contains(error_of([&] { adamw_step_({{p, randn({2}), m, m, {}}}); }), "gradient (2,) f32 cpu does not match"));
+  CHECK(contains(error_of([&] { adamw_step_({{p, g, m, zeros({3}, {DType::f64}), {}}}); }), "state (3,) f64 cpu"));
+  CHECK(contains(error_of([&] { sgd_step_({{arange(3), arange(3), {}, {}}}); }), "needs floating parameters"));
+}
+
+TEST_CASE("optimizers: a parameter that is not dense, and a gradient, are updated where they lie") {
+  const Tensor start = randn({6, 5}), gradient = randn({5, 6});
+  const auto run = [&](const Tensor& param, const Tensor& grad) {
+    Tensor(param).requires_grad_().set_grad(grad);
+    AdamW adamw({param}, {.lr = 0.1});
+    SGD sgd({param}, {.lr = 0.1, .momentum = 0.9});
+    for (int i = 0; i < 2; ++i) adamw.step(), sgd.step();
+    return param.detach().clone();
+  };
+  const Tensor expected = run(start.t().contiguous(), gradient);
+  const Tensor whole = zeros({6, 10}), part = whole.slice(1, 0, 10, 2);
+  Tensor(part).copy_(start);
+  CHECK(test::same_bits(run(part.t(), gradient.t().contiguous().t()), expected));
+  CHECK(test::same_bits(whole.slice(1, 1, 10, 2), zeros({6, 5})));
+}
+
+TEST_CASE("optimizers: one step on many tensors of all sizes and dtypes is that on each") {
+  Tensors params, alone;
+  int64_t size = 1;
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f64, DType::f32, DType::bf16}) {
+    for (const int64_t n : {int64_t{0}, size, int64_t{16384}, int64_t{40001}}) {
+      params.push_back(leaf({n}, dtype));
+      give_gradient(params.back());
+      alone.push_back(params.back().detach().clone().requires_grad_());
+      alone.back().set_grad(params.back().grad());
+    }
+    size = size * 7 + 3;
+  }
+  AdamW adamw(params, {.lr = 0.1});
+  SGD sgd(params, {.lr = 0.1, .momentum = 0.9});
+  for (int i = 0; i < 2; ++i) adamw.step(), sgd.step();
+  for (std::size_t k = 0; k < params.size(); ++k) {
+    AdamW own_adamw({alone[k]}, {.lr = 0.1});
+    SGD own_sgd({alone[k]}, {.lr = 0.1, .momentum = 0.9});
+    for (int i = 0; i < 2; ++i) own_adamw.step(), own_sgd.step();
+    CHECK(test::same_bits(params[k].detach(), alone[k].detach()));
+  }
 }

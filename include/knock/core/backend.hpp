@@ -90,6 +90,17 @@ struct SgdStep {
   double grad_scale;
 };
 
+// What a step of an optimizer updates, in place: dense arrays of one size, the moments in the compute type (f32 for
+// bf16). `rounded`, if defined, is bf16 and gets what is written to an f32 parameter.
+struct AdamWUpdate {
+  AdamWStep step;
+  Array param, grad, exp_avg, exp_avg_sq, rounded;
+};
+struct SgdUpdate {
+  SgdStep step;
+  Array param, grad, momentum, rounded;  ///< momentum: undefined without
+};
+
 /// What routed experts read: x (N, C), sorted slots and each expert's first place among them, weights (N, k), gate and
 /// up (E, F, C), down (E, C, F).
 struct MoeInputs {
@@ -258,13 +269,13 @@ struct Backend {
   /// `state` is at least p * 2^32.
   void (*dropout)(RngState state, double p, const Array& x, const Array& out) = nullptr;
 
-  // Optimizers: dense arrays of one size, updated in place; moments are in the compute type (f32 for bf16)
-  void (*adamw)(const AdamWStep& step, const Array& grad, const Array& param, const Array& exp_avg,
-                const Array& exp_avg_sq) = nullptr;
-  /// `momentum` is undefined without momentum
-  void (*sgd)(const SgdStep& step, const Array& grad, const Array& param, const Array& momentum) = nullptr;
-  /// out: one f64 element, the sum of the squares of x (dense)
-  void (*sum_squares)(const Array& x, const Array& out) = nullptr;
+  // Optimizers: any number of tensors in one call, each with dense arrays of a size and a floating dtype of its own
+  void (*adamw)(std::span<const AdamWUpdate> updates) = nullptr;
+  void (*sgd)(std::span<const SgdUpdate> updates) = nullptr;
+  /// out: one f64 element, the sum of the squares of all elements
+  void (*sum_squares)(std::span<const Array> x, const Array& out) = nullptr;
+  /// x *= factor
+  void (*scale)(double factor, std::span<const Array> x) = nullptr;
 
   // Mixture of experts; all arrays dense
   /// indices (N, k) i64 -> slots n * k + j in a stable order by expert (-1: left out); E + 1 places where they begin.
@@ -287,8 +298,8 @@ struct Backend {
   X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
-  X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(moe_sort) X(router) \
-  X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation)
+  X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
+  X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

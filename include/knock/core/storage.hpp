@@ -45,6 +45,8 @@ struct Storage {
   Device device;
   std::atomic<uint32_t> version{0};                     ///< number of in-place writes so far
   std::atomic<const char*> last_write{"construction"};  ///< the op that wrote last
+  std::unique_ptr<Storage> rounded;                     ///< a bf16 copy of f32 elements (core/rounded.hpp)
+  uint32_t rounded_version = 0;                         ///< the version that `rounded` is a copy of
 
   /// Notes an in-place write by `op`, a string literal.
   void bump(const char* op) {

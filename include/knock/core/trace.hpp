@@ -83,6 +83,8 @@ struct Work {
   void add(std::span<const Array> arrays);
   void add(const MoeInputs& in);
   void add(const MoeGradients& out);
+  void add(std::span<const AdamWUpdate> updates);
+  void add(std::span<const SgdUpdate> updates);
   template <class Other>
   void add(const Other&) {}
 };
@@ -104,9 +106,7 @@ void refine(Work& work, const AttentionScores& scores, const Array& q, const Arr
             const Array& dq, const Array& dk, const Array& dv);
 void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& out);
 void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& gradients);
-void refine(Work& work, const AdamWStep& step, const Array& grad, const Array& param, const Array& exp_avg,
-            const Array& exp_avg_sq);
-void refine(Work& work, const SgdStep& step, const Array& grad, const Array& param, const Array& momentum);
+void refine(Work& work, double factor, const std::span<const Array>& x);
 
 template <class... Args>
 Work work_of(const Args&... args) {
@@ -226,6 +226,20 @@ KNOCK_FUNC void Work::add(const MoeGradients& out) {
   for (const Array* array : {&out.x, &out.weights, &out.gate, &out.up, &out.down}) add(*array);
 }
 
+KNOCK_FUNC void Work::add(std::span<const AdamWUpdate> updates) {
+  for (const AdamWUpdate& u : updates) {
+    for (const Array* array : {&u.param, &u.grad, &u.exp_avg, &u.exp_avg_sq, &u.rounded}) add(*array);
+    for (const Array* array : {&u.param, &u.exp_avg, &u.exp_avg_sq}) bytes += bytes_of(*array);
+  }
+}
+
+KNOCK_FUNC void Work::add(std::span<const SgdUpdate> updates) {
+  for (const SgdUpdate& u : updates) {
+    for (const Array* array : {&u.param, &u.grad, &u.momentum, &u.rounded}) add(*array);
+    for (const Array* array : {&u.param, &u.momentum}) bytes += bytes_of(*array);
+  }
+}
+
 KNOCK_FUNC void refine(Work& work, double, const Array& a, const Array&, double beta, const Array& c,
                        const Array& out) {
   work.flop = 2 * static_cast<double>(out.numel()) * static_cast<double>(a.shape.back());
@@ -277,13 +291,7 @@ KNOCK_FUNC void refine(Work& work, const MoeInputs& in, const Array&, const Arra
   work.flop = 2 * expert_flop(in);
 }
 
-KNOCK_FUNC void refine(Work& work, const AdamWStep&, const Array&, const Array& param, const Array& exp_avg,
-                       const Array& exp_avg_sq) {
-  for (const Array* array : {&param, &exp_avg, &exp_avg_sq}) work.bytes += bytes_of(*array);
-}
-KNOCK_FUNC void refine(Work& work, const SgdStep&, const Array&, const Array& param, const Array& momentum) {
-  for (const Array* array : {&param, &momentum}) work.bytes += bytes_of(*array);
-}
+KNOCK_FUNC void refine(Work& work, double, const std::span<const Array>&) { work.bytes *= 2; }
 
 KNOCK_FUNC std::string_view kernel_name(std::size_t offset) {
 #define KNOCK_NAME(name) \

@@ -1,6 +1,6 @@
 #pragma once
 // AdamW: Adam with weight decay of its own (Loshchilov, Hutter, arXiv 1711.05101), as torch.optim.AdamW. One fused pass
-// over each parameter and its moments; the formula stands in ops/optim.hpp.
+// over all parameters and their moments; the formula stands in ops/optim.hpp.
 
 #include <knock/optim/optimizer.hpp>
 
@@ -27,7 +27,7 @@ class AdamW final : public GroupedOptimizer<AdamWOptions> {
   using GroupedOptimizer::GroupedOptimizer;
 
  private:
-  KNOCK_FUNC void update(Slot& slot, const Tensor& grad, double grad_scale) override;
+  KNOCK_FUNC void update(const std::vector<Slot*>& slots, double grad_scale) override;
 };
 
 }  // namespace knock::optim
@@ -50,19 +50,26 @@ KNOCK_FUNC void check_options(const AdamWOptions& options) {
 
 KNOCK_FUNC std::vector<const char*> state_names(const AdamWOptions&) { return {"exp_avg", "exp_avg_sq"}; }
 
-KNOCK_FUNC void AdamW::update(Slot& slot, const Tensor& grad, double grad_scale) {
-  const AdamWOptions& o = options_[slot.group];
-  const auto [beta1, beta2] = o.betas;
-  const auto steps = static_cast<double>(slot.steps);
-  adamw_step_(slot.param, grad, slot.state[0], slot.state[1],
-              {.lr = o.lr,
-               .beta1 = beta1,
-               .beta2 = beta2,
-               .eps = o.eps,
-               .weight_decay = o.weight_decay,
-               .correction1 = 1 - std::pow(beta1, steps),
-               .correction2 = 1 - std::pow(beta2, steps),
-               .grad_scale = grad_scale});
+KNOCK_FUNC void AdamW::update(const std::vector<Slot*>& slots, double grad_scale) {
+  std::vector<AdamWParam> params;
+  for (const Slot* slot : slots) {
+    const AdamWOptions& o = options_[slot->group];
+    const auto [beta1, beta2] = o.betas;
+    const auto steps = static_cast<double>(slot->steps);
+    params.push_back({slot->param,
+                      slot->param.grad(),
+                      slot->state[0],
+                      slot->state[1],
+                      {.lr = o.lr,
+                       .beta1 = beta1,
+                       .beta2 = beta2,
+                       .eps = o.eps,
+                       .weight_decay = o.weight_decay,
+                       .correction1 = 1 - std::pow(beta1, steps),
+                       .correction2 = 1 - std::pow(beta2, steps),
+                       .grad_scale = grad_scale}});
+  }
+  adamw_step_(params);
 }
 
 }  // namespace knock::optim

@@ -12,6 +12,9 @@ namespace knock::optim {
 /// Norm of the gradients of `params` taken as one vector. Undefined gradients count as zero.
 double grad_norm(const Tensors& params);
 
+/// Its square, f64, where the gradients are: nothing is read on the host. Undefined where no gradient is defined.
+Tensor squared_grad_norm(const Tensors& params);
+
 /// What gradients of this norm are multiplied with: min(1, max_norm / (norm + 1e-6)). A norm of NaN gives NaN. Handed
 /// to Optimizer::step it saves the pass over memory that clip_grad_norm_ needs.
 ///
@@ -36,16 +39,30 @@ double clip_grad_norm_(const Tensors& params, double max_norm, ClipOptions optio
 
 namespace knock::optim {
 
-KNOCK_FUNC double grad_norm(const Tensors& params) {
+namespace detail {
+
+KNOCK_FUNC Tensors gradients_of(const Tensors& params) {
+  Tensors gradients;
+  for (const Tensor& param : params)
+    if (param.grad().defined()) gradients.push_back(param.grad());
+  return gradients;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor squared_grad_norm(const Tensors& params) {
   const NoGradGuard no_grad;
-  Tensor sum;  // f64, where the gradients are: read once
-  for (const Tensor& param : params) {
-    const Tensor grad = param.grad();
-    if (!grad.defined()) continue;
-    const Tensor squares = sum_squares(grad);
+  Tensor sum;
+  for (const Tensors& gradients : knock::detail::by_device(detail::gradients_of(params))) {
+    const Tensor squares = sum_squares(gradients);
     sum = sum.defined() ? sum.to(squares.device()) + squares : squares;
   }
-  return sum.defined() ? std::sqrt(sum.item<double>()) : 0;
+  return sum;
+}
+
+KNOCK_FUNC double grad_norm(const Tensors& params) {
+  const Tensor square = squared_grad_norm(params);
+  return square.defined() ? std::sqrt(square.item<double>()) : 0;
 }
 
 KNOCK_FUNC double clip_factor(double norm, double max_norm) {
@@ -58,12 +75,7 @@ KNOCK_FUNC double clip_grad_norm_(const Tensors& params, double max_norm, ClipOp
   const double norm = grad_norm(params), factor = clip_factor(norm, max_norm);
   check(std::isfinite(norm) || !options.error_if_nonfinite, "clip_grad_norm_", "the norm of the gradients is ", norm,
         ", so they cannot be clipped");
-  if (factor == 1) return norm;
-  const NoGradGuard no_grad;
-  for (const Tensor& param : params) {
-    Tensor grad = param.grad();
-    if (grad.defined()) grad.mul_(factor);
-  }
+  if (factor != 1) scale_(detail::gradients_of(params), factor);
   return norm;
 }
 

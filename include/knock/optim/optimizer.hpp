@@ -59,8 +59,8 @@ class Optimizer {
   Optimizer() = default;
   /// Appends a group of `op`, the optimizer.
   void add_slots(const char* op, const NamedTensors& params, StateNames names);
-  /// One update; slot.steps already counts it.
-  virtual void update(Slot& slot, const Tensor& grad, double grad_scale) = 0;
+  /// One update of the slots, whose parameters have gradients; their steps already count it.
+  virtual void update(const std::vector<Slot*>& slots, double grad_scale) = 0;
 
  private:
   std::vector<Slot> slots_;
@@ -156,15 +156,16 @@ KNOCK_FUNC void Optimizer::add_slots(const char* op, const NamedTensors& params,
 }
 
 KNOCK_FUNC void Optimizer::step(double grad_scale) {
+  std::vector<Slot*> due;
   for (Slot& slot : slots_) {
-    const Tensor grad = slot.param.grad();
-    if (!grad.defined()) continue;
     const Tensor& param = slot.param;
+    if (!param.grad().defined()) continue;
     for (Tensor& moment : slot.state)
       if (!moment.defined()) moment = zeros(param.shape(), {compute_dtype(param.dtype()), param.device()});
     ++slot.steps;
-    update(slot, grad, grad_scale);
+    due.push_back(&slot);
   }
+  if (!due.empty()) update(due, grad_scale);
 }
 
 KNOCK_FUNC void Optimizer::zero_grad() {

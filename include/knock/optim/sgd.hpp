@@ -24,7 +24,7 @@ class SGD final : public GroupedOptimizer<SGDOptions> {
   using GroupedOptimizer::GroupedOptimizer;
 
  private:
-  KNOCK_FUNC void update(Slot& slot, const Tensor& grad, double grad_scale) override;
+  KNOCK_FUNC void update(const std::vector<Slot*>& slots, double grad_scale) override;
 };
 
 }  // namespace knock::optim
@@ -48,16 +48,22 @@ KNOCK_FUNC std::vector<const char*> state_names(const SGDOptions& options) {
   return {"momentum_buffer"};
 }
 
-KNOCK_FUNC void SGD::update(Slot& slot, const Tensor& grad, double grad_scale) {
-  const SGDOptions& o = options_[slot.group];
-  sgd_step_(slot.param, grad, slot.state.empty() ? Tensor() : slot.state[0],
-            {.lr = o.lr,
-             .momentum = o.momentum,
-             .dampening = o.dampening,
-             .weight_decay = o.weight_decay,
-             .nesterov = o.nesterov,
-             .first = slot.steps == 1,
-             .grad_scale = grad_scale});
+KNOCK_FUNC void SGD::update(const std::vector<Slot*>& slots, double grad_scale) {
+  std::vector<SgdParam> params;
+  for (const Slot* slot : slots) {
+    const SGDOptions& o = options_[slot->group];
+    params.push_back({slot->param,
+                      slot->param.grad(),
+                      slot->state.empty() ? Tensor() : slot->state[0],
+                      {.lr = o.lr,
+                       .momentum = o.momentum,
+                       .dampening = o.dampening,
+                       .weight_decay = o.weight_decay,
+                       .nesterov = o.nesterov,
+                       .first = slot->steps == 1,
+                       .grad_scale = grad_scale}});
+  }
+  sgd_step_(params);
 }
 
 }  // namespace knock::optim
