@@ -4,6 +4,7 @@
 
 #include "device.hpp"
 #include "error.hpp"
+#include "graph.hpp"
 #include "lifetime.hpp"
 #include "stream.hpp"
 
@@ -20,7 +21,12 @@
 #include <vector>
 
 namespace knock::cuda {
+
+class Heap;
+
 namespace {
+
+thread_local PrivatePool* open_pool = nullptr;
 
 /// The address ranges that the system gave, of all devices.
 class AddressMap {
@@ -88,12 +94,16 @@ struct SmallerFirst {
   }
 };
 
-/// The free blocks of one stream: small or large ones.
+/// The free blocks of one stream, or of a graph: small or large ones.
 struct Pool {
-  cudaStream_t stream;
+  cudaStream_t stream;  // null for a graph
+  const PrivatePool* owner;
   bool small;
+  bool retired = false;  // the owner has gone: segments go back to the system as they become free
   std::set<Block*, SmallerFirst> free_blocks = {};
 };
+
+}  // namespace
 
 /// The allocator of one device.
 class Heap {
@@ -102,9 +112,11 @@ class Heap {
 
   void* allocate(int64_t asked) {
     const std::lock_guard lock(mutex_);
-    const int64_t bytes = round_up(std::max<int64_t>(asked, 1), caches() ? granule : 1);
-    Block* block =
-        caches() ? take(pool_of(current_stream(), bytes <= small_limit), bytes) : make_segment(nullptr, bytes);
+    const PrivatePool* owner = opened();
+    const bool pooled = caches() || owner;
+    const int64_t bytes = round_up(std::max<int64_t>(asked, 1), pooled ? granule : 1);
+    Block* block = pooled ? take(pool_of(owner ? nullptr : current_stream(), owner, bytes <= small_limit), bytes)
+                          : make_segment(nullptr, bytes);
     if (!block) fail_out_of_memory(bytes);
     block->free = false;
     used_[block->begin] = block;
@@ -118,17 +130,33 @@ class Heap {
     const std::lock_guard lock(mutex_);
     const auto found = used_.find(address);
     Block* block = found->second;
+    const PrivatePool* owner = block->pool ? block->pool->owner : nullptr;
+    if (PrivatePool* open = opened(); open && open != owner) return open->kept_.push_back(address);
     used_.erase(found);
     stats_.bytes_in_use -= block->bytes;
-    if (!caches()) return free_segment(block);
-    if (const cudaStream_t user = current_stream(); user != block->pool->stream) {
+    if (!block->pool) return free_segment(block);
+    if (const cudaStream_t own = block->pool->stream, user = current_stream(); own && user != own) {
       Event used;  // by another stream than its own: that one is to wait
       used.record(user);
-      used.block(block->pool->stream);
+      used.block(own);
     }
     stats_.bytes_cached += block->bytes;
     block->free = true;
-    put_back(join_neighbours(block));
+    block = join_neighbours(block);
+    put_back(block);
+    if (block->pool->retired) free_segments(*block->pool);
+  }
+
+  /// The owner of private pools goes.
+  void retire(const PrivatePool& owner) {
+    for (void* address : owner.kept_) release(address);
+    const std::lock_guard lock(mutex_);
+    for (const auto& pool : pools_) {
+      if (pool->owner != &owner) continue;
+      pool->owner = nullptr;
+      pool->retired = true;
+      free_segments(*pool);
+    }
   }
 
   memory::Stats stats() {
@@ -149,10 +177,13 @@ class Heap {
  private:
   static constexpr int64_t granule = 512, small_limit = mib;
 
-  Pool& pool_of(cudaStream_t stream, bool small) {
+  /// What this thread has opened here.
+  PrivatePool* opened() const { return open_pool && open_pool->device_ == device_ ? open_pool : nullptr; }
+
+  Pool& pool_of(cudaStream_t stream, const PrivatePool* owner, bool small) {
     for (const auto& pool : pools_)
-      if (pool->stream == stream && pool->small == small) return *pool;
-    pools_.push_back(std::make_unique<Pool>(Pool{stream, small}));
+      if (pool->stream == stream && pool->owner == owner && pool->small == small) return *pool;
+    pools_.push_back(std::make_unique<Pool>(Pool{stream, owner, small}));
     return *pools_.back();
   }
 
@@ -217,7 +248,7 @@ class Heap {
     const DeviceGuard guard(device_);
     void* address = nullptr;
     cudaError_t status = cudaMalloc(&address, static_cast<std::size_t>(bytes));
-    if (status == cudaErrorMemoryAllocation) {
+    if (status == cudaErrorMemoryAllocation && !opened()) {
       cudaGetLastError();  // it is dealt with here
       free_segments();
       status = cudaMalloc(&address, static_cast<std::size_t>(bytes));
@@ -238,17 +269,20 @@ class Heap {
     delete block;
   }
 
-  /// Gives the segments that are free as a whole back to the system.
+  /// Gives the segments that are free as a whole back to the system, but for those of graphs.
   void free_segments() {
-    for (const auto& pool : pools_) {
-      for (auto at = pool->free_blocks.begin(); at != pool->free_blocks.end();) {
-        Block* block = *at;
-        const bool whole = block->is_segment();
-        at = whole ? pool->free_blocks.erase(at) : std::next(at);
-        if (!whole) continue;
-        stats_.bytes_cached -= block->bytes;
-        free_segment(block);
-      }
+    for (const auto& pool : pools_)
+      if (!pool->owner) free_segments(*pool);
+  }
+
+  void free_segments(Pool& pool) {
+    for (auto at = pool.free_blocks.begin(); at != pool.free_blocks.end();) {
+      Block* block = *at;
+      const bool whole = block->is_segment();
+      at = whole ? pool.free_blocks.erase(at) : std::next(at);
+      if (!whole) continue;
+      stats_.bytes_cached -= block->bytes;
+      free_segment(block);
     }
   }
 
@@ -266,6 +300,8 @@ class Heap {
   std::vector<std::unique_ptr<Pool>> pools_;
   std::unordered_map<void*, Block*> used_;
 };
+
+namespace {
 
 /// One for each device that was used; never destroyed, as above.
 struct OwnHeap {
@@ -314,7 +350,19 @@ void reset_peak(int device) {
 
 void release_cached(int device) {
   use_device(device);
+  refuse_in_graph("giving cached memory back");
   heap(device).release_cached();
+}
+
+void PrivatePool::open() { open_pool = this; }
+void PrivatePool::close() { open_pool = nullptr; }
+
+PrivatePool::~PrivatePool() {
+  try {
+    const DeviceGuard guard(device_);
+    heap(device_).retire(*this);
+  } catch (...) {  // as in release
+  }
 }
 
 int device_of(const void* address) { return AddressMap::instance().device_of(static_cast<const char*>(address)); }

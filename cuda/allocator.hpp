@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace knock::cuda {
 
@@ -24,6 +25,25 @@ void release(void* block, int64_t bytes, int device) noexcept;
 memory::Stats stats(int device);
 void reset_peak(int device);
 void release_cached(int device);
+
+/// The memory of a graph. What its thread allocates while the pool is open belongs to the pool until the pool goes, and
+/// is used again within that time alone. Blocks from elsewhere that are released meanwhile are kept as long: what was
+/// recorded may read them.
+class PrivatePool {
+ public:
+  explicit PrivatePool(int device) : device_(device) {}
+  ~PrivatePool();
+  PrivatePool(const PrivatePool&) = delete;
+  PrivatePool& operator=(const PrivatePool&) = delete;
+
+  void open();
+  void close();
+
+ private:
+  friend class Heap;
+  const int device_;
+  std::vector<void*> kept_;
+};
 
 /// The device whose memory this is an address of; -1 for the host's.
 int device_of(const void* address);

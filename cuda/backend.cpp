@@ -3,6 +3,7 @@
 
 #include "allocator.hpp"
 #include "device.hpp"
+#include "graph.hpp"
 #include "kernels.hpp"
 #include "stream.hpp"
 
@@ -35,7 +36,11 @@ const DeviceKindTable& device_kind() {
                                      .release = release,
                                      .stats = stats,
                                      .reset_peak = reset_peak,
-                                     .release_cached = release_cached};
+                                     .release_cached = release_cached,
+                                     .begin_capture = begin_capture,
+                                     .end_capture = end_capture,
+                                     .replay = replay,
+                                     .destroy = destroy};
   return table;
 }
 

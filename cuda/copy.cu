@@ -1,6 +1,7 @@
 // Filling, copying with conversion between any layouts and memories, ranges and random numbers.
 
 #include "allocator.hpp"
+#include "graph.hpp"
 #include "kernels.hpp"
 #include "pointwise.cuh"
 #include "transfer.hpp"
@@ -177,6 +178,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 void random(Random kind, RngState state, double a, double b, const Array& out) {
+  refuse_in_graph("random numbers, which would be the same in each replay,");
   check(out.contiguous(), "random", "output must be contiguous");
   const int64_t n = out.numel();
   if (kind == Random::integer) {

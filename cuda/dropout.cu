@@ -1,5 +1,6 @@
 // Dropout: element i is kept when word i % 4 of Philox block i / 4 is at least p 2^32, as on the CPU.
 
+#include "graph.hpp"
 #include "iterate.cuh"
 #include "kernels.hpp"
 #include "launch.cuh"
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 void dropout(RngState state, double p, const Array& x, const Array& out) {
+  refuse_in_graph("random numbers, which would be the same in each replay,");
   check(x.contiguous() && out.contiguous(), "dropout", "kernel needs dense arrays");
   dispatch_float(x.dtype, "dropout", [&]<class T>(Type<T>) {
     using C = compute_t<T>;

@@ -3,12 +3,14 @@
 #include "error.hpp"
 
 #include "device.hpp"
+#include "graph.hpp"
 #include "stream.hpp"
 
 #include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 namespace knock::cuda {
 namespace {
@@ -55,6 +57,36 @@ bool waits_for_every_launch() {
   return waits;
 }
 
+/// Whether CUDA refuses all that the process asks of it from now on.
+bool is_final(cudaError_t status) {
+  switch (status) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorLaunchFailure:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorAssert:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+/// Throws a final error: the first time as it was found, then as the reason why nothing goes on.
+[[noreturn]] void fail_for_good(const std::string& what) {
+  static std::mutex mutex;
+  static auto* first = new std::string;  // never destroyed: tensors of static duration are released late
+  const std::lock_guard lock(mutex);
+  if (!first->empty())
+    fail("cuda", "the devices cannot be used any more in this process, because a kernel failed before: ", *first);
+  *first = what;
+  fail("cuda", what);
+}
+
 }  // namespace
 
 void fail_call(cudaError_t status, const char* call) {
@@ -63,14 +95,16 @@ void fail_call(cudaError_t status, const char* call) {
       launched.empty() ? ""
                        : text("; launched since the last wait, the latest first: ", launched,
                               waits_for_every_launch() ? "" : " (KNOCK_CUDA_SYNC=1 finds the one that failed)");
-  fail("cuda", cudaGetErrorString(status), " (", cudaGetErrorName(status), ") in ", call, kernels);
+  const std::string what = text(cudaGetErrorString(status), " (", cudaGetErrorName(status), ") in ", call, kernels);
+  if (is_final(status)) fail_for_good(what);
+  fail("cuda", what);
 }
 
 void after_launch(const char* kernel) {
   LaunchLog& log = log_of(current_device());
   log.add(kernel);
   cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess && waits_for_every_launch()) {
+  if (status == cudaSuccess && waits_for_every_launch() && !is_capturing()) {
     status = cudaStreamSynchronize(current_stream());
     if (status == cudaSuccess) log.forget();
   }

@@ -4,6 +4,7 @@
 // device, which the next wait reads; what was found is thrown there, in the name of the op.
 
 #include <cstdint>
+#include <memory>
 
 namespace knock::cuda {
 
@@ -24,5 +25,14 @@ Finding* ask(const Question& question);
 void fetch_findings();
 /// After the stream has been waited for: throws the first finding.
 void report_findings();
+
+/// The slots of a graph's kernels: every replay asks the same questions again.
+class GraphFindings;
+/// For what is recorded on the current stream from now on.
+std::shared_ptr<GraphFindings> make_graph_findings();
+/// Lets this thread's kernels ask there until it is null.
+void ask_for_graph(GraphFindings* findings);
+/// The graph has been launched: the next wait reads its slots too.
+void await_findings(const std::shared_ptr<GraphFindings>& findings);
 
 }  // namespace knock::cuda

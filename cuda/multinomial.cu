@@ -1,6 +1,7 @@
 // Drawing from discrete distributions with replacement: the inverse of the running sum, in f64.
 
 #include "allocator.hpp"
+#include "graph.hpp"
 #include "kernels.hpp"
 #include "rows.cuh"
 
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 void multinomial(RngState state, const Array& weights, const Array& out) {
+  refuse_in_graph("random numbers, which would be the same in each replay,");
   if (out.numel() == 0) return;
   const Scratch memory(weights.numel() * static_cast<int64_t>(sizeof(double)));
   const Array sums{memory.as<void>(), DType::f64, weights.shape, contiguous_strides(weights.shape)};

@@ -5,6 +5,7 @@
 #include "device.hpp"
 #include "error.hpp"
 #include "findings.hpp"
+#include "graph.hpp"
 #include "lifetime.hpp"
 
 #include <array>
@@ -68,6 +69,7 @@ cudaStream_t current_stream() {
 }
 
 void synchronize_stream() {
+  refuse_in_graph("a wait for the device");
   fetch_findings();
   KNOCK_CUDA(cudaStreamSynchronize(current_stream()));
   forget_launches(current_device());
@@ -75,6 +77,7 @@ void synchronize_stream() {
 }
 
 void synchronize_device() {
+  refuse_in_graph("a wait for the device");
   KNOCK_CUDA(cudaDeviceSynchronize());  // the slots of all streams are written
   synchronize_stream();
 }

@@ -5,6 +5,7 @@
 #include "allocator.hpp"
 #include "device.hpp"
 #include "error.hpp"
+#include "graph.hpp"
 #include "lifetime.hpp"
 #include "stream.hpp"
 
@@ -102,14 +103,19 @@ Staging& staging() { return all_staging()[static_cast<std::size_t>(current_devic
 }  // namespace
 
 void to_device(void* device, const void* host, int64_t bytes) {
+  refuse_in_graph("a copy from the host's memory, which is another one in each replay,");
   staging().to_device(static_cast<char*>(device), static_cast<const char*>(host), bytes);
 }
 
 void to_host(void* host, const void* device, int64_t bytes) {
+  refuse_in_graph(
+      "reading a tensor on the host (item, to_vector, to(\"cpu\"), "
+      "nonzero, ...)");
   staging().to_host(static_cast<char*>(host), static_cast<const char*>(device), bytes);
 }
 
 void from_device(void* here, const void* there, int64_t bytes, int other_device) {
+  refuse_in_graph("a copy between devices");
   const int device = current_device();
   const cudaStream_t stream = current_stream();
   const DeviceGuard guard(other_device);

@@ -8,6 +8,7 @@
 #include <knock/core/device.hpp>
 #include <knock/core/dtype.hpp>
 #include <knock/core/error.hpp>
+#include <knock/core/graph.hpp>
 #include <knock/core/parallel.hpp>
 #include <knock/core/philox.hpp>
 #include <knock/core/print.hpp>

@@ -4,6 +4,12 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+
+#include <unistd.h>
+
 namespace {
 
 using namespace knock;
@@ -65,6 +71,68 @@ TEST_CASE("errors: many checks between two waits") {
 TEST_CASE("errors: tensors on two devices do not meet") {
   const Tensor here = ones({2}), there = ones({2}, {.device = device});
   CHECK(error_of([&] { here + there; }).find("tensors are on cpu and cuda:0; move one with") != std::string::npos);
+}
+
+// A kernel that fails ends all that the process can do on its devices, so it does in a process of its own: this
+// program, asked for one test that is skipped otherwise.
+
+constexpr const char* marker = "told: ";
+
+/// What the test told, line by line.
+std::vector<std::string> told_by(const std::string& test, const std::string& environment) {
+  std::array<char, 4096> path{};
+  if (::readlink("/proc/self/exe", path.data(), path.size() - 1) < 0) return {};
+  const std::string command = environment + " '" + path.data() + "' --no-skip --test-case='" + test + "' 2>/dev/null";
+  std::vector<std::string> lines;
+  FILE* output = ::popen(command.c_str(), "r");
+  std::array<char, 4096> line{};
+  while (output && std::fgets(line.data(), line.size(), output)) {
+    std::string text = line.data();
+    if (!text.starts_with(marker)) continue;
+    lines.push_back(text.substr(std::string_view(marker).size()));
+    lines.back().pop_back();  // the end of the line
+  }
+  if (output) ::pclose(output);
+  return lines;
+}
+
+void tell(const std::string& what) {
+  std::printf("%s%s\n", marker, what.c_str());
+  std::fflush(stdout);
+}
+
+TEST_CASE("errors of a process of its own: a kernel writes where no memory is" * doctest::skip()) {
+  Tensor x = zeros({4}, {.device = device});
+  synchronize(device);
+  const Array nowhere{reinterpret_cast<void*>(4096), DType::f32, {4}, {1}};
+  tell(error_of([&] { x = x + 1; }));
+  tell(error_of([&] { backend(device).fill(nowhere, 1); }));
+  tell(error_of([&] { synchronize(device); }));
+  tell(error_of([&] { zeros({4}, {.device = device}); }));
+  tell(error_of([&] { x.to_vector<float>(); }));
+  tell(error_of([&] { synchronize(device); }));
+}
+
+TEST_CASE("errors: a kernel that fails is named by the next wait, and by every call after it") {
+  const std::string test = "errors of a process of its own: a kernel writes where no memory is";
+  const std::string what = "an illegal memory access was encountered (cudaErrorIllegalAddress) in ";
+  const std::string later =
+      "[cuda] the devices cannot be used any more in this process, because a kernel failed before: ";
+
+  const auto told = told_by(test, "KNOCK_CUDA_SYNC=0");
+  REQUIRE(told.size() == 6);
+  CHECK(told[0] == "no error");
+  CHECK(told[1] == "no error");  // the kernel runs later
+  CHECK(told[2].starts_with("[cuda] " + what));
+  CHECK(told[2].ends_with(
+      "; launched since the last wait, the latest first: fill, add (KNOCK_CUDA_SYNC=1 finds the one that failed)"));
+  for (std::size_t i = 3; i < told.size(); ++i) CHECK(told[i].starts_with(later + what));
+
+  const auto waiting = told_by(test, "KNOCK_CUDA_SYNC=1");
+  REQUIRE(waiting.size() == 6);
+  CHECK(waiting[0] == "no error");
+  CHECK(waiting[1] == "[cuda] " + what + "fill; launched since the last wait, the latest first: fill");
+  for (std::size_t i = 2; i < waiting.size(); ++i) CHECK(waiting[i].starts_with(later + what + "fill"));
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ extern "C" {
 
 cudaError_t CUDARTAPI cudaMalloc(void** data, size_t bytes) {
   return api([&] {
-    if (const auto error = refuse_in_capture("cudaMalloc"); error != cudaSuccess) return error;
+    if (const auto error = refuse_unsafe_in_capture("cudaMalloc"); error != cudaSuccess) return error;
     return allocate_device(data, bytes);
   });
 }
@@ -48,7 +48,7 @@ cudaError_t CUDARTAPI cudaFree(void* data) {
   return api([&] {
     if (device_count() == 0) return cudaErrorNoDevice;
     if (data == nullptr) return cudaSuccess;
-    if (const auto error = refuse_in_capture("cudaFree"); error != cudaSuccess) return error;
+    if (const auto error = refuse_unsafe_in_capture("cudaFree"); error != cudaSuccess) return error;
     wait_for_device(current_device());
     if (sticky_error() != cudaSuccess) return sticky_error();
     return free_now(data, "cudaFree");

@@ -87,7 +87,7 @@ using namespace cuda_sim;
 
 extern "C" {
 
-cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode mode) {
   return api([&] {
     auto* stream = stream_of(handle);
     if (stream == nullptr) return cudaErrorInvalidResourceHandle;
@@ -96,6 +96,7 @@ cudaError_t CUDARTAPI cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCapt
     }
     if (is_capturing(*stream)) return cudaErrorIllegalState;
     stream->capture = std::make_shared<Capture>();
+    stream->capture->relaxed = mode == cudaStreamCaptureModeRelaxed;
     stream->capture->members.push_back({stream, {}, 0});
     return cudaSuccess;
   });

@@ -109,7 +109,11 @@ void wait_for_device(int device);
 void run_everything();
 /// An error, and the end of the captures, where a call must not be made while a stream is captured.
 cudaError_t refuse_in_capture(const char* function);
+/// The same for calls that a relaxed capture allows.
+cudaError_t refuse_unsafe_in_capture(const char* function);
 bool is_capturing(const Stream& stream);
+/// How often the host has waited for work that it did not know to be finished, since the program began.
+uint64_t host_waits();
 /// Forgets all queues (cudaDeviceReset).
 void reset_streams();
 

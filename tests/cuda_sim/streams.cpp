@@ -16,6 +16,7 @@ struct Streams {
   std::vector<Stream*> null_streams;  // by device
   Clock host;                         // what the host knows to be finished
   bool in_host_function = false;
+  uint64_t host_waits = 0;
 };
 
 Streams& streams() {
@@ -182,6 +183,12 @@ void host_learns(const Clock& clock) {
 }
 
 void wait_for(const Clock& clock) {
+  const auto& host = streams().host;
+  for (uint32_t i = 0; i < clock.size(); ++i) {
+    if (clock[i] <= at(host, i)) continue;
+    ++streams().host_waits;
+    break;
+  }
   run_until(clock);
   host_learns(clock);
 }
@@ -212,6 +219,15 @@ cudaError_t refuse_in_capture(const char* function) {
   if (!captured) return cudaSuccess;
   return refuse(cudaErrorStreamCaptureUnsupported, std::string(function) + ": not while a stream is captured");
 }
+
+cudaError_t refuse_unsafe_in_capture(const char* function) {
+  const bool all_relaxed = std::none_of(streams().all.begin(), streams().all.end(), [](const auto& stream) {
+    return stream->capture != nullptr && !stream->capture->relaxed;
+  });
+  return all_relaxed ? cudaSuccess : refuse_in_capture(function);
+}
+
+uint64_t host_waits() { return streams().host_waits; }
 
 cudaError_t refuse_in_host_function() {
   if (!streams().in_host_function) return cudaSuccess;

@@ -51,6 +51,7 @@ struct Capture {
   };
   std::vector<Member> members;  ///< the first is where the capture began
   std::vector<Operation> operations;
+  bool relaxed = false;  ///< cudaStreamCaptureModeRelaxed: calls such as cudaMalloc may be made meanwhile
   bool invalid = false;
 };
 

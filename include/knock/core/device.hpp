@@ -57,6 +57,12 @@ struct DeviceKindTable {
   memory::Stats (*stats)(int index);
   void (*reset_peak)(int index);
   void (*release_cached)(int index);
+
+  // Graphs (core/graph.hpp); absent where the kind has none.
+  void* (*begin_capture)(int index) = nullptr;      ///< what this thread asks of the device is recorded from now on
+  void (*end_capture)(void* graph) = nullptr;       ///< makes what was recorded ready
+  void (*replay)(void* graph) = nullptr;            ///< launches it
+  void (*destroy)(void* graph) noexcept = nullptr;  ///< also one whose capture has not ended
 };
 
 namespace detail {

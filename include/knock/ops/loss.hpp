@@ -32,7 +32,8 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& target, CrossEntropyOpt
 /// Cross-entropy of the logits linear(x, weight), which are made a chunk at a time and not kept: x (..., C), weight
 /// (V, C), class indices (...) of an integer dtype. A bf16 x may stand beside an f32 weight, as in linear. The result
 /// has the weight's dtype: a scalar, or the targets' shape with Reduction::none, which keeps all logits where a
-/// gradient is recorded. A target outside [0, V) is an error that names it and its position.
+/// gradient is recorded. A target outside [0, V) is an error that names it and its position; on an accelerator the next
+/// wait throws it, with the position in its chunk of rows.
 ///
 ///   Tensor loss = linear_cross_entropy(hidden, lm_head.weight, target);   // (B, T, C), (V, C), (B, T)
 Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
@@ -170,11 +171,11 @@ KNOCK_FUNC void check_linear_cross_entropy(const Tensor& x, const Tensor& weight
   check_same_device(op, {x, weight, target});
 }
 
-/// How many targets are not ignored; an error for the first that is no class.
+/// How many targets (in the host's memory) are not ignored; an error for the first that is no class.
 KNOCK_FUNC int64_t count_targets(const char* op, const Tensor& index, int64_t classes, int64_t ignore_index) {
-  const auto targets = index.to_vector<int64_t>();
+  const auto* targets = index.data<int64_t>();
   int64_t counted = 0;
-  for (std::size_t i = 0; i < targets.size(); ++i) {
+  for (int64_t i = 0; i < index.numel(); ++i) {
     if (targets[i] == ignore_index) continue;
     check(targets[i] >= 0 && targets[i] < classes, op, "target ", targets[i], " at position ", i, " is neither in [0, ",
           classes, ") nor ignore_index ", ignore_index);
@@ -196,6 +197,7 @@ KNOCK_FUNC int64_t logit_chunk(int64_t rows, const Tensor& weight, DType dtype) 
 struct LinearLoss {
   Tensor loss;    ///< () or (R), in the compute dtype
   Tensor dx, dw;  ///< gradients of the loss where wanted, in the dtypes of x and weight
+  Tensor share;   ///< where defined, what the gradients are still to be multiplied with
 };
 
 /// The loss of x (R, C) W^T and, where asked for, its gradients. Sums over chunks are made in order.
@@ -204,9 +206,10 @@ KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const T
   constexpr const char* op = "linear_cross_entropy";
   const NoGradGuard no_grad;
   const int64_t rows = x.size(0), classes = weight.size(0), chunk = logit_chunk(rows, weight, x.dtype());
-  const int64_t counted = count_targets(op, index, classes, options.ignore_index);
   const bool each = options.reduction == Reduction::none, mean = options.reduction == Reduction::mean;
-  const double share = mean ? 1 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
+  const bool here = x.device().kind == DeviceKind::cpu;  // elsewhere the kernels check, and no number is waited for
+  const int64_t counted = here ? count_targets(op, index, classes, options.ignore_index) : 0;
+  const double share = here && mean ? 1 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
   CrossEntropyOptions own = options;  // of one chunk
   own.reduction = each ? Reduction::none : Reduction::sum;
 
@@ -231,7 +234,13 @@ KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const T
     if (needs_dx) gemm(share, y.array(), weight.array(), 0, {}, out.dx.narrow(0, begin, count).array());
     if (needs_dw) gemm(share, y.t().array(), in.array(), begin > 0 ? 1 : 0, out.dw.array(), out.dw.array());
   }
-  out.loss = each ? losses : mean ? sum(losses) / static_cast<double>(counted) : sum(losses);
+  out.loss = each ? losses : sum(losses);
+  if (mean && here) out.loss = out.loss / static_cast<double>(counted);
+  if (mean && !here) {
+    const Tensor counts = sum(ne(index, options.ignore_index).to(wide.dtype));
+    out.loss = out.loss / counts;
+    out.share = reciprocal(clamp_min(counts, 1));
+  }
   if (needs_dw) out.dw = out.dw.to(weight.dtype());  // a bf16 weight's gradient is rounded once
   return out;
 }
@@ -254,13 +263,13 @@ KNOCK_FUNC Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, co
   const Tensor loss = made.loss.to(weight.dtype());
   if (options.reduction == Reduction::none) return loss.reshape(target.shape());
   const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), target = autograd::Saved(target),
-                         dx = made.dx, dw = made.dw, shape = x.shape(),
+                         dx = made.dx, dw = made.dw, share = made.share, shape = x.shape(),
                          options](const autograd::Upstream& up) -> Tensors {
     if (autograd::is_recording())
       return autograd::twin_gradients(up, {x.get(up), weight.get(up)}, [&](const Tensors& in) {
         return composite::linear_cross_entropy(in[0], in[1], target.get(up), options);
       });
-    const Tensor dy = up.dy();
+    const Tensor dy = share.defined() ? up.dy().to(share.dtype()) * share : up.dy();
     const bool is_one = dy.device().kind == DeviceKind::cpu && dy.item() == 1;  // reading it from a GPU would wait
     const auto scaled = [&](const Tensor& g) { return is_one ? g : (g * dy).to(g.dtype()); };
     Tensors gradients(2);

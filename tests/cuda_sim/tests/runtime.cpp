@@ -5,6 +5,7 @@
 #include "device_vector.cuh"
 #include "memory.hpp"
 #include "report.hpp"
+#include "runtime.hpp"
 #include "runtime_kernels.hpp"
 
 #include <doctest/doctest.h>
@@ -375,6 +376,44 @@ TEST_CASE("cuda_sim graphs: replays with the captured parameters") {
   CHECK(peek(y.data()) == 30);
   cudaGraphExecDestroy(executable);
   CHECK(is_clean());
+}
+
+TEST_CASE("cuda_sim graphs: memory is allocated in a relaxed capture alone") {
+  const Stream stream;
+  cudaGraph_t graph = nullptr;
+  void* data = nullptr;
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeRelaxed);
+  CHECK(cudaMalloc(&data, 64) == cudaSuccess);
+  cudaMemsetAsync(data, 0, 64, stream);
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess);
+  cudaGraphDestroy(graph);
+  CHECK(cudaFree(data) == cudaSuccess);
+  CHECK(is_clean());
+
+  cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+  CHECK(cudaMalloc(&data, 64) == cudaErrorStreamCaptureUnsupported);
+  CHECK(cudaStreamEndCapture(stream, &graph) == cudaErrorStreamCaptureInvalidated);
+  CHECK(cuda_sim::take_reports().size() == 1);
+  cudaGetLastError();
+}
+
+TEST_CASE("cuda_sim streams: what the host waited for is counted, what it knew to be finished is not") {
+  const Stream stream;
+  const Event event(cudaEventDisableTiming);
+  const DeviceVector<float> x(std::vector<float>{1});
+  cudaDeviceSynchronize();
+  const uint64_t before = cuda_sim::host_waits();
+  launch_add(x.data(), 1, 1, stream);
+  cudaEventRecord(event, stream);
+  launch_add(x.data(), 1, 1, stream);
+  CHECK(cuda_sim::host_waits() == before);
+  cudaEventSynchronize(event);
+  cudaEventSynchronize(event);
+  CHECK(cuda_sim::host_waits() == before + 1);
+  cudaStreamSynchronize(stream);
+  cudaStreamSynchronize(stream);
+  cudaDeviceSynchronize();
+  CHECK(cuda_sim::host_waits() == before + 2);
 }
 
 TEST_CASE("cuda_sim counters: launches by kernel, bytes of copies") {
