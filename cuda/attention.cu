@@ -1,6 +1,7 @@
 // Scaled dot-product attention: which kernels make it.
 
 #include "attention.cuh"
+#include "attention_decode.cuh"
 #include "kernels.hpp"
 
 namespace knock::cuda {
@@ -9,6 +10,7 @@ void attention(const AttentionScores& scores, const Array& q, const Array& k, co
                const Array& documents, const Array& out, const Array& log_sum_exp) {
   if (log_sum_exp.numel() == 0) return;
   const AttentionProblem p(scores, q, k, v, mask, documents);
+  if (fits_decode(p)) return attention_decode(DecodeProblem(p), fits_mma({q, k, v}), out, log_sum_exp);
   if (fits_mma({q, k, v, out})) return attention_mma(p, out, log_sum_exp);
   attention_general(p, out, log_sum_exp, {});
 }

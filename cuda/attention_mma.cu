@@ -2,27 +2,19 @@
 //
 // A block of four warps makes 64 rows, 16 to a warp, and walks over tiles of the other side, which copies bring to
 // shared memory while the tile before is multiplied. Scores and their weights stay in registers: the layout in which
-// mma.sync leaves a product is the one in which it takes the next one's left operand. Rows of D features lie in shared
-// memory in pieces of 8, permuted by the row, so that neither copies nor ldmatrix meet in a bank.
+// mma.sync leaves a product is the one in which it takes the next one's left operand (attention_mma.cuh).
 //
 // dq has a kernel of its own beside dk and dv, each of which adds in one fixed order: scores are made twice, and no
 // sum depends on the order in which blocks run.
 
 #include "attention.cuh"
+#include "attention_mma.cuh"
 #include "launch.cuh"
-#include "mma.cuh"
 
 namespace knock::cuda {
 namespace {
 
 constexpr int warps = 4, threads = 32 * warps, rows = 16 * warps;
-constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
-
-/// Where piece `piece` of row `row` lies in a tile of D features.
-template <int D>
-__device__ int place(int row, int piece) {
-  return row * D + (piece ^ (D >= 64 ? row & 7 : row >> 1 & 3)) * 8;
-}
 
 /// Begins to copy rows [first, first + count) of head (b, h); zeros where there is no row or feature.
 template <int D, int count>
@@ -35,53 +27,6 @@ __device__ void load_tile(__nv_bfloat16* to, const Heads& from, int64_t b, int64
     const bool there = first + row < rows_there && piece * 8 < depth;
     copy_async(to + place<D>(row, piece), there ? data + from.row(b, h, first + row) + piece * 8 : data,
                there ? 16 : 0);
-  }
-}
-
-/// A warp's left operand: rows [row, row + 16), features [16 step, 16 step + 16).
-template <int D>
-__device__ void load_left(uint32_t (&a)[4], const __nv_bfloat16* tile, int row, int step) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
-  load_matrices(a, tile + place<D>(row + matrix % 2 * 8 + lane % 8, 2 * step + matrix / 2));
-}
-
-/// products (16, N) = a's rows [row, row + 16) times b's rows [0, N), over D features.
-template <int D, int N>
-__device__ void multiply_rows(float (&products)[N / 8][4], const __nv_bfloat16* a, int row, const __nv_bfloat16* b) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
-#pragma unroll
-  for (int n = 0; n < N / 8; ++n)
-    for (int e = 0; e < 4; ++e) products[n][e] = 0;
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    uint32_t left[4];
-    load_left<D>(left, a, row, step);
-#pragma unroll
-    for (int n = 0; n < N / 8; n += 2) {
-      uint32_t right[4];
-      load_matrices(right, b + place<D>(n * 8 + matrix / 2 * 8 + lane % 8, 2 * step + matrix % 2));
-      mma_bf16(products[n], left, right[0], right[1]);
-      mma_bf16(products[n + 1], left, right[2], right[3]);
-    }
-  }
-}
-
-/// sums (16, 8 T) += weights (16, N), rounded to bf16, times features [8 piece, 8 piece + 8 T) of b's N rows.
-template <int D, int N, int T>
-__device__ void add_rows(float (&sums)[T][4], const float (&weights)[N / 8][4], const __nv_bfloat16* b, int piece) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
-#pragma unroll
-  for (int step = 0; step < N / 16; ++step) {
-    const auto &low = weights[2 * step], &high = weights[2 * step + 1];
-    const uint32_t left[4] = {pack(low[0], low[1]), pack(low[2], low[3]), pack(high[0], high[1]),
-                              pack(high[2], high[3])};
-#pragma unroll
-    for (int t = 0; t < T; t += 2) {
-      uint32_t right[4];
-      load_matrices_transposed(right, b + place<D>(step * 16 + matrix % 2 * 8 + lane % 8, piece + t + matrix / 2));
-      mma_bf16(sums[t], left, right[0], right[1]);
-      mma_bf16(sums[t + 1], left, right[2], right[3]);
-    }
   }
 }
 
@@ -194,15 +139,6 @@ __device__ void finish_scores(float (&s)[N / 8][4], const Sight& sight, int col,
       const bool seen = sight.one(e / 2, col + n * 8 + pair + e % 2, added);
       s[n][e] = seen ? s[n][e] * scale + added * log2_e : -INFINITY;
     }
-}
-
-__device__ float largest_of_row(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffU, x, 2));
-}
-__device__ float sum_of_row(float x) {
-  x += __shfl_xor_sync(0xffffffffU, x, 1);
-  return x + __shfl_xor_sync(0xffffffffU, x, 2);
 }
 
 /// Documents of a tile: the block passes over tiles of keys whose ids lie outside those of its queries.

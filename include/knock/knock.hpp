@@ -12,8 +12,8 @@
 #include <knock/core/parallel.hpp>
 #include <knock/core/philox.hpp>
 #include <knock/core/print.hpp>
-#include <knock/core/rounded.hpp>
 #include <knock/core/shape.hpp>
+#include <knock/core/rounded.hpp>
 #include <knock/core/state_dict.hpp>
 #include <knock/core/storage.hpp>
 #include <knock/core/tensor.hpp>
@@ -33,6 +33,7 @@
 #include <knock/ops/dropout.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/inplace.hpp>
+#include <knock/ops/knock_norm_rope.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
@@ -40,6 +41,7 @@
 #include <knock/ops/norm.hpp>
 #include <knock/ops/norm_rope.hpp>
 #include <knock/ops/optim.hpp>
+#include <knock/ops/paged_attention.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/random.hpp>
 #include <knock/ops/reduce.hpp>
@@ -60,6 +62,7 @@
 #include <knock/nn/attention/mla.hpp>
 #include <knock/nn/attention/moa.hpp>
 #include <knock/nn/attention/options.hpp>
+#include <knock/nn/attention/paged_cache.hpp>
 #include <knock/nn/attention/talking_heads.hpp>
 #include <knock/nn/dropout.hpp>
 #include <knock/nn/embedding.hpp>

@@ -132,6 +132,13 @@ struct AttentionScores {
   int64_t shift, window;
 };
 
+/// What comes behind a linear knock (ops/knock_norm_rope.hpp): an RMS norm, and a rotation where there are positions.
+struct NormRope {
+  bool norm;
+  double eps, theta;
+  bool interleaved;
+};
+
 /// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise
 /// arrays may have any strides and the arrays of one call have the same shape.
 struct Backend {
@@ -221,6 +228,13 @@ struct Backend {
                              const Array& dout, const Array& out_dq, const Array& out_dk,
                              const Array& out_dv) = nullptr;
 
+  /// The same over pages, without mask and documents: k_pages (P, Hkv, page, D), v_pages (P, Hkv, page, Dv), page_table
+  /// (B, max_pages) and lengths (B) i64. Key j of sequence b lies in page page_table[b, j / page]; table entries behind
+  /// the keys are not read. Under `causal` the last query stands at the last key; scores.shift is not read. What is out
+  /// of range is an error, on an accelerator at the next wait.
+  void (*paged_attention)(const AttentionScores& scores, const Array& q, const Array& k_pages, const Array& v_pages,
+                          const Array& page_table, const Array& lengths, const Array& out) = nullptr;
+
   // Rows along the last axis, floating dtypes. `weight`, `bias` (n) and statistics are dense and in the compute type
   // (f32 for bf16); undefined weights are none, undefined outputs are not wanted.
   /// softmax, or its logarithm
@@ -241,6 +255,15 @@ struct Backend {
   void (*norm_rope_backward)(const Array& x, const Array& weight, const Array& stats, const Array& positions,
                              double theta, bool interleaved, const Array& dy, const Array& out_dx,
                              const Array& out_dweight) = nullptr;
+  /// y = rope(rms_norm(x knock^T)), or one of the two behind the product. x, y, dy, dproduct and dx dense (B, T, H, D);
+  /// knock dense (D, D), in x's dtype or f32 beside bf16; positions (T), (B, T) or undefined; stats (B, T, H) as
+  /// rms_norm's, undefined without a norm.
+  void (*knock_norm_rope)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
+                          const Array& positions, const Array& out_y, const Array& out_stats) = nullptr;
+  /// out_dproduct: the gradient of x knock^T.
+  void (*knock_norm_rope_backward)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
+                                   const Array& positions, const Array& stats, const Array& dy,
+                                   const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) = nullptr;
   /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                      const Array& out_stats) = nullptr;
@@ -299,7 +322,8 @@ struct Backend {
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
   X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
-  X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation)
+  X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation) \
+  X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

@@ -107,6 +107,11 @@ void refine(Work& work, const AttentionScores& scores, const Array& q, const Arr
 void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& out);
 void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& gradients);
 void refine(Work& work, double factor, const std::span<const Array>& x);
+void refine(Work& work, const NormRope& options, const Array& x, const Array& knock, const Array& weight,
+            const Array& positions, const Array& y, const Array& stats);
+void refine(Work& work, const NormRope& options, const Array& x, const Array& knock, const Array& weight,
+            const Array& positions, const Array& stats, const Array& dy, const Array& dproduct, const Array& dx,
+            const Array& dweight);
 
 template <class... Args>
 Work work_of(const Args&... args) {
@@ -292,6 +297,18 @@ KNOCK_FUNC void refine(Work& work, const MoeInputs& in, const Array&, const Arra
 }
 
 KNOCK_FUNC void refine(Work& work, double, const std::span<const Array>&) { work.bytes *= 2; }
+
+KNOCK_FUNC void refine(Work& work, const NormRope&, const Array& x, const Array&, const Array&, const Array&,
+                       const Array&, const Array&) {
+  work.flop = 2 * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
+}
+
+// The product again where there is a norm, and dx.
+KNOCK_FUNC void refine(Work& work, const NormRope& options, const Array& x, const Array&, const Array&, const Array&,
+                       const Array&, const Array&, const Array&, const Array& dx, const Array&) {
+  const int products = (options.norm ? 1 : 0) + (dx.defined() ? 1 : 0);
+  work.flop = 2 * products * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
+}
 
 KNOCK_FUNC std::string_view kernel_name(std::size_t offset) {
 #define KNOCK_NAME(name) \

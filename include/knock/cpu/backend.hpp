@@ -11,12 +11,14 @@
 #include <knock/cpu/gemm_activation.hpp>
 #include <knock/cpu/gemm_many.hpp>
 #include <knock/cpu/index.hpp>
+#include <knock/cpu/knock_norm_rope.hpp>
 #include <knock/cpu/loss.hpp>
 #include <knock/cpu/mlp.hpp>
 #include <knock/cpu/moe.hpp>
 #include <knock/cpu/multinomial.hpp>
 #include <knock/cpu/norm.hpp>
 #include <knock/cpu/optim.hpp>
+#include <knock/cpu/paged_attention.hpp>
 #include <knock/cpu/pointwise.hpp>
 #include <knock/cpu/reduce.hpp>
 #include <knock/cpu/rms_norm.hpp>
