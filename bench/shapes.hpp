@@ -30,8 +30,10 @@ inline StepShape apply_shape(const std::string& name, knock::models::MoeLmConfig
       {"long", 8192, 4, 512, 8, 2, 64, 16, 4, 256, {1, 8192}},
       {"many", 8192, 4, 512, 8, 2, 64, 128, 8, 96, {4, 512}},
       {"dense", 8192, 8, 512, 8, 8, 64, 0, 0, 1408, {4, 512}},
-      {"moe-6b1-layer", 2048, 1, 2048, 32, 4, 128, 128, 8, 384, {1, 1024}},  // one layer of
-                                                                             // configs/paper/moe-6b1-a1b.toml
+      {"moe-6b1-layer", 2048, 1, 2048, 32, 4, 128, 128, 8, 384, {1, 1024}},    // one layer of
+                                                                               // configs/paper/moe-6b1-a1b.toml
+      {"moe-2b3-a0b44", 157184, 12, 1152, 32, 4, 128, 64, 4, 768, {1, 8192}},  // all of
+                                                                               // configs/paper/moe-2b3-a0b44.toml
   };
   if (name == "default") return {knock::train::TrainOptions().batch_size, knock::train::TrainOptions().seq_len};
   for (const Row& row : rows) {
@@ -43,7 +45,9 @@ inline StepShape apply_shape(const std::string& name, knock::models::MoeLmConfig
     m.tie_embeddings = true;
     return row.step;
   }
-  knock::fail("--config", "unknown shape ", name, "; known: tiny, small, long, many, dense, moe-6b1-layer, default");
+  knock::fail("--config", "unknown shape ", name,
+              "; known: tiny, small, long, many, dense, moe-6b1-layer, "
+              "moe-2b3-a0b44, default");
 }
 
 /// The step that a command line names.
@@ -70,14 +74,15 @@ inline double gflop_of(const knock::train::Config& c) {
 }
 
 /// Of the options config, precision, steps, trace and model.key.
-inline StepArguments parse_step(const Options& options) {
-  StepArguments out{options.text("config", "tiny"), options.number("steps", 5), options.text("trace", ""), {}};
+inline StepArguments parse_step(const Options& options, const std::string& config = "tiny",
+                                const std::string& precision = "f32") {
+  StepArguments out{options.text("config", config), options.number("steps", 5), options.text("trace", ""), {}};
   try {
     const StepShape step = apply_shape(out.config, out.trainer.model);
     out.trainer.train.batch_size = step.batch, out.trainer.train.seq_len = step.tokens;
     for (const std::string& assignment : options.assignments("model."))
       knock::train::apply_override(out.trainer, assignment);
-    knock::train::apply_override(out.trainer, "train.precision=" + options.text("precision", "f32"));
+    knock::train::apply_override(out.trainer, "train.precision=" + options.text("precision", precision));
     knock::train::check_config(out.trainer);
     if (!out.trace.empty()) knock::trace::write_chrome({}, out.trace);  // a path that cannot be written is an error now
   } catch (const std::exception& error) {
@@ -106,21 +111,28 @@ class TrainingStep {
 
   /// Its parts are spans of a trace. Ends when the device has ended.
   void operator()() {
+    micro_batch();
+    update();
+    knock::synchronize(device_);
+  }
+
+  /// Forward and backward, which adds to the gradients.
+  void micro_batch() {
     using knock::trace::Span;
     knock::Tensor loss;
     {
       const Span span("forward");
       loss = model_.loss(inputs_, targets_);
     }
-    {
-      const Span span("backward");
-      loss.backward();
-    }
-    const Span span("update");
+    const Span span("backward");
+    loss.backward();
+  }
+
+  void update() {
+    const knock::trace::Span span("update");
     optimizer_.step(knock::optim::clip_factor(knock::optim::grad_norm(parameters_), 1.0));
     optimizer_.zero_grad();
     for (knock::nn::MoE* moe : model_.moe_layers()) moe->update_bias();
-    knock::synchronize(device_);
   }
 
  private:

@@ -31,6 +31,11 @@ std::size_t sorted_addresses(const Request& request, uint32_t mask, std::array<u
 
 constexpr uint64_t sector_bytes = 32;
 
+void note_touched(Footprint& footprint, const Request& request, uint32_t mask) {
+  const bool read = request.access != Access::write, written = request.access != Access::read;
+  for_active(mask, [&](uint32_t l) { footprint.add(request.addresses[l], request.bytes, read, written); });
+}
+
 /// An aligned access of up to 16 bytes lies in one sector; lanes that access the same bytes move them once.
 void count_global(const Warp& warp, const Request& request, uint32_t mask, bool consecutive) {
   Counters& counters = *warp.machine->counters;
@@ -38,6 +43,7 @@ void count_global(const Warp& warp, const Request& request, uint32_t mask, bool 
   ++counters.global_requests;
   if (request.access != Access::write) counters.global_bytes_read += asked;
   if (request.access != Access::read) counters.global_bytes_written += asked;
+  if (warp.machine->footprint != nullptr) note_touched(*warp.machine->footprint, request, mask);
   if (consecutive) {
     const uint64_t first = request.addresses[0], last = first + asked - 1;
     counters.global_sectors += last / sector_bytes - first / sector_bytes + 1;

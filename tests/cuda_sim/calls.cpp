@@ -55,7 +55,7 @@ uint64_t special_value(const Machine& machine, const Warp& warp, Special what, u
     case Special::nsmid:
       return 1;
     case Special::gridid:
-      return machine.counters->launches;
+      return machine.launch_number;
     case Special::dynamic_shared_bytes:
       return machine.launch.dynamic_shared_bytes;
     case Special::total_shared_bytes:

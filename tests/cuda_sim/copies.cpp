@@ -4,6 +4,7 @@
 #include "streams.hpp"
 
 #include <cstring>
+#include <map>
 
 namespace cuda_sim {
 namespace {
@@ -73,15 +74,35 @@ char* bytes_of(const char* address) { return is_device(address) ? bytes_at(addre
 
 void count(const Copy& copy) {
   const bool to = is_device(copy.to), from = is_device(copy.from);
-  auto& counters = counters_of(to && from ? "copy on device" : to ? "copy to device" : "copy to host");
-  ++counters.launches;
-  if (to) counters.global_bytes_written += copy.rows * copy.width;
-  if (from) counters.global_bytes_read += copy.rows * copy.width;
+  Counters counters;
+  counters.launches = 1;
+  if (to) counters.global_bytes_written = counters.touched_bytes_written = copy.rows * copy.width;
+  if (from) counters.global_bytes_read = counters.touched_bytes_read = copy.rows * copy.width;
+  note_work(to && from ? "copy on device" : to ? "copy to device" : "copy to host", counters);
+}
+
+// Where nothing is executed: the bytes that fills left, by their last address.
+struct Left {
+  const char* begin = nullptr;
+  int value = 0;
+};
+std::map<const char*, Left>& left_by_fills() {
+  static auto* all = new std::map<const char*, Left>;
+  return *all;
+}
+
+int value_left_by_fill(const char* address) {
+  const auto found = left_by_fills().lower_bound(address);
+  return found != left_by_fills().end() && found->second.begin <= address ? found->second.value : 0;
 }
 
 void copy_row(const Copy& copy, std::size_t row) {
   char* to = copy.to + row * copy.to_pitch;
   const char* from = copy.from + row * copy.from_pitch;
+  if (!is_executing()) {
+    if (!is_device(to)) std::memset(host_bytes(to), value_left_by_fill(from), copy.width);
+    return;
+  }
   if (is_device(to) && is_device(from)) {
     copy_range(to, from, copy.width);
   } else if (is_device(to)) {
@@ -107,6 +128,7 @@ HostUse host_use(const Copy& copy) {
 
 // Pageable memory is read when the call is made.
 Operation staged(Copy copy) {
+  if (!is_executing()) return {copy.function, [=] { run(copy); }};
   auto stage = std::make_shared<std::vector<char>>(copy.from, copy.from + copy.from_bytes());
   return {copy.function, [copy, stage]() mutable {
             copy.from = stage->data();
@@ -167,9 +189,12 @@ bool check_fill(const Fill& fill) {
 
 void run(const Fill& fill) {
   if (!check_fill(fill)) return set_sticky_error(cudaErrorIllegalAddress);
-  auto& counters = counters_of("fill");
-  ++counters.launches;
-  counters.global_bytes_written += fill.rows * fill.width;
+  Counters counters;
+  counters.launches = 1;
+  counters.global_bytes_written = counters.touched_bytes_written = fill.rows * fill.width;
+  note_work("fill", counters);
+  if (fill.rows == 1) left_by_fills()[fill.data + fill.width - 1] = {fill.data, fill.value};
+  if (!is_executing()) return;
   for (std::size_t row = 0; row < fill.rows; ++row) {
     char* data = fill.data + row * fill.pitch;
     write_range(data, fill.width);

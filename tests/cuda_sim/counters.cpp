@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <utility>
 #include <vector>
 
 namespace cuda_sim {
@@ -14,6 +15,13 @@ std::map<std::string, Counters>& table() {
   static auto* all = new std::map<std::string, Counters>;
   return *all;
 }
+
+std::function<void(const std::string&, const Counters&)>& watcher() {
+  static auto* see = new std::function<void(const std::string&, const Counters&)>;
+  return *see;
+}
+
+bool executing = true;
 
 double ratio(uint64_t made, uint64_t ideal) {
   return ideal == 0 ? 0 : static_cast<double>(made) / static_cast<double>(ideal);
@@ -33,7 +41,29 @@ void print_row(const std::string& name, const Counters& of) {
 
 const std::map<std::string, Counters>& kernel_counters() { return table(); }
 void reset_kernel_counters() { table().clear(); }
-Counters& counters_of(const std::string& name) { return table()[name]; }
+
+Counters& Counters::operator+=(const Counters& other) {
+  for (const auto member :
+       {&Counters::launches, &Counters::warp_instructions, &Counters::lane_instructions, &Counters::global_requests,
+        &Counters::global_sectors, &Counters::global_ideal_sectors, &Counters::global_bytes_read,
+        &Counters::global_bytes_written, &Counters::shared_requests, &Counters::shared_wavefronts,
+        &Counters::shared_ideal_wavefronts, &Counters::divergent_branches, &Counters::barriers, &Counters::fma_lanes,
+        &Counters::mma, &Counters::touched_bytes_read, &Counters::touched_bytes_written}) {
+    this->*member += other.*member;
+  }
+  return *this;
+}
+
+void note_work(const std::string& name, const Counters& did) {
+  table()[name] += did;
+  if (watcher()) watcher()(name, did);
+}
+
+void watch_work(std::function<void(const std::string&, const Counters&)> see) { watcher() = std::move(see); }
+bool is_work_watched() { return static_cast<bool>(watcher()); }
+
+void set_executing(bool wanted) { executing = wanted; }
+bool is_executing() { return executing; }
 
 void print_profile() {
   const char* wanted = std::getenv("KNOCK_CUDA_SIM_PROFILE");

@@ -3,6 +3,7 @@
 
 #include "machine.hpp"
 
+#include <functional>
 #include <map>
 #include <string>
 
@@ -13,8 +14,19 @@ namespace cuda_sim {
 const std::map<std::string, Counters>& kernel_counters();
 void reset_kernel_counters();
 
-/// For those who count: the entry of a name.
-Counters& counters_of(const std::string& name);
+/// For those who count: adds what one piece of work did.
+void note_work(const std::string& name, const Counters& did);
+
+/// Calls `see` for each piece of work as it ends, also of its touched bytes; an empty function ends that. Set
+/// KNOCK_CUDA_SIM_EAGER=1 for work to end in the call that submits it.
+void watch_work(std::function<void(const std::string& name, const Counters& did)> see);
+bool is_work_watched();
+
+/// From now on nothing is executed: work is counted as it is launched (kernels: launches alone), memory is only
+/// addresses, of which there are enough for any model, and the host reads what fills left there, or zeros. For the
+/// launches of programs that are too large to execute. Memory of that time must be freed before execution begins again.
+void set_executing(bool executing);
+bool is_executing();
 
 /// The table that KNOCK_CUDA_SIM_PROFILE=1 prints at exit.
 void print_profile();

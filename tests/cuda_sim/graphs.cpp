@@ -137,7 +137,7 @@ cudaError_t CUDARTAPI cudaGraphLaunch(cudaGraphExec_t handle, cudaStream_t strea
     if (graph == nullptr || stream == nullptr) return cudaErrorInvalidResourceHandle;
     if (is_capturing(*stream)) fatal("a graph inside of a captured stream is not modelled");
     for (const auto& operation : *graph->operations) enqueue(*stream, operation);
-    ++counters_of("graph launch").launches;
+    note_work("graph launch", {.launches = 1});
     return cudaSuccess;
   });
 }

@@ -76,7 +76,12 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
   launch.block = {of.block.x, of.block.y, of.block.z};
   launch.dynamic_shared_bytes = of.shared_bytes;
   launch.parameters = parameters.data();
-  auto& counters = counters_of(kernel.shown);
+  launch.notes_touched = is_work_watched();
+  Counters counters;
+  if (!is_executing()) {
+    counters.launches = 1;
+    return note_work(kernel.shown, counters);
+  }
   try {
     execute(*kernel.function, *kernel.binary->module, launch, counters);
     if (was_out_of_bounds()) set_sticky_error(cudaErrorIllegalAddress);
@@ -86,6 +91,7 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
     report(what);
     set_sticky_error(cudaErrorLaunchFailure);
   }
+  note_work(kernel.shown, counters);
 }
 
 cudaError_t launch(const void* host_function, const Configuration& configuration, void** arguments) {

@@ -120,6 +120,7 @@ class Scheduler {
  public:
   Scheduler(const Function& kernel, const Module& module, const Launch& launch, Counters& counters);
   void run();
+  void note_touched() const;
 
  private:
   void check_launch() const;
@@ -147,6 +148,7 @@ class Scheduler {
   std::array<Barrier, barriers_of_a_block> barriers_{};
   uint32_t live_ = 0;  ///< threads of the block that have not exited
   CallStack calls_;
+  Footprint footprint_;
   uint64_t left_ = 0;  ///< instructions of the warp's turn
 };
 
@@ -157,7 +159,10 @@ Scheduler::Scheduler(const Function& kernel, const Module& module, const Launch&
   machine_.launch = launch;
   machine_.threads = launch.block[0] * launch.block[1] * launch.block[2];
   machine_.checks = checks_from_environment();
+  static uint64_t launches = 0;
+  machine_.launch_number = ++launches;
   machine_.counters = &counters;
+  if (launch.notes_touched) machine_.footprint = &footprint_;
 }
 
 void Scheduler::check_launch() const {
@@ -226,6 +231,11 @@ void Scheduler::run() {
   if (order_.kind == Order::Kind::reverse) std::ranges::reverse(blocks);
   if (order_.kind == Order::Kind::random) std::ranges::shuffle(blocks, random_);
   for (const uint32_t block : blocks) run_block(block);
+}
+
+void Scheduler::note_touched() const {
+  machine_.counters->touched_bytes_read = footprint_.bytes_read();
+  machine_.counters->touched_bytes_written = footprint_.bytes_written();
 }
 
 void Scheduler::run_block(uint32_t index) {
@@ -618,7 +628,9 @@ void forget_functions(const Module& module) {
 }
 
 void execute(const Function& kernel, const Module& module, const Launch& launch, Counters& counters) {
-  Scheduler(kernel, module, launch, counters).run();
+  Scheduler scheduler(kernel, module, launch, counters);
+  scheduler.run();
+  scheduler.note_touched();
 }
 
 }  // namespace cuda_sim

@@ -26,12 +26,16 @@ struct Counters {
   uint64_t shared_requests = 0, shared_wavefronts = 0, shared_ideal_wavefronts = 0;
   uint64_t divergent_branches = 0, barriers = 0;
   uint64_t fma_lanes = 0, mma = 0;
+  uint64_t touched_bytes_read = 0, touched_bytes_written = 0;  ///< each once a launch; counted while work is watched
+
+  Counters& operator+=(const Counters& other);
 };
 
 struct Launch {
   std::array<uint32_t, 3> grid, block;
   std::size_t dynamic_shared_bytes = 0;
   const void* parameters = nullptr;  ///< laid out as Function::parameters says
+  bool notes_touched = false;        ///< counts touched bytes
 };
 
 /// Runs all blocks, one after another. Throws Fault; findings that do not end the kernel are reported.

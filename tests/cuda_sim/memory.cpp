@@ -42,6 +42,7 @@ Arena& arena() {
 }
 
 std::size_t capacity() {
+  if (!is_executing()) return address_span;
   if (arena().capacity > 0) return arena().capacity;
   const char* mebibytes = std::getenv("KNOCK_CUDA_SIM_MEMORY");
   return (mebibytes != nullptr ? std::strtoull(mebibytes, nullptr, 10) : 4096) << 20;
@@ -54,13 +55,14 @@ const Allocation* holder(const std::map<const char*, Allocation>& ranges, const 
   return address < range.data + range.bytes ? &range : nullptr;
 }
 
-// The range ends where its last page does, so that the simulator itself cannot run past it unnoticed.
-char* take_addresses(std::size_t bytes) {
+// With memory, the range ends where its last page does, so that the simulator itself cannot run past it unnoticed.
+char* take_addresses(std::size_t bytes, bool with_memory) {
   auto& all = arena();
   const auto body = round_up(std::max<std::size_t>(bytes, 1), page);
   if (all.top + body + page > all.start + address_span) fatal("addresses are used up");
   char* first = all.top;
   all.top += body + page;
+  if (!with_memory) return first;
   if (mprotect(bytes_at(first), body, PROT_READ | PROT_WRITE) != 0) return nullptr;
   std::memset(bytes_at(first), 0xff, body);
   return first + body - std::min(body, round_up(bytes, alignment));
@@ -73,8 +75,8 @@ void give_back_bytes(const Allocation& range) {
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
 }
 
-Allocation* add(std::size_t bytes) {
-  char* data = take_addresses(bytes);
+Allocation* add(std::size_t bytes, bool with_memory) {
+  char* data = take_addresses(bytes, with_memory);
   if (data == nullptr) return nullptr;
   auto& range = arena().live[data];
   range.data = data;
@@ -94,7 +96,7 @@ void* allocate(std::size_t bytes, int device) {
   auto& use = arena().use.at(static_cast<std::size_t>(device));
   const auto most = capacity();
   if (bytes > most - std::min(use.used, most)) return nullptr;
-  auto* range = add(bytes);
+  auto* range = add(bytes, is_executing());
   if (range == nullptr) return nullptr;
   range->device = device;
   use.used += bytes;
@@ -104,7 +106,7 @@ void* allocate(std::size_t bytes, int device) {
 }
 
 void* allocate_variable(std::size_t bytes, const void* initial) {
-  auto* range = add(bytes);
+  auto* range = add(bytes, true);
   if (range == nullptr) fatal("no memory for a module's variable");
   range->owned_by_module = true;
   std::memcpy(bytes_at(range->data), initial, bytes);

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "footprint.hpp"
 #include "machine.hpp"
 #include "ptx.hpp"
 #include "shadow.hpp"
@@ -92,7 +93,9 @@ struct Machine {
   std::size_t shared_bytes = 0;
   char* local = nullptr;
   std::size_t local_stride = 0;  ///< bytes of local memory of a thread
+  uint64_t launch_number = 0;
   Counters* counters = nullptr;
+  Footprint* footprint = nullptr;  ///< where touched bytes are counted
 };
 
 /// Ends the kernel: its name, the block, the warp and the instruction, and what is wrong.
