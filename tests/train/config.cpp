@@ -112,6 +112,7 @@ TEST_CASE("config: every key has an own value that survives a round trip") {
       {"train.precision", "bf16"},
       {"train.threads", "2"},
       {"train.device", "cuda:1"},
+      {"train.cuda_graph", "true"},
       {"train.out_dir", "a = 'b'"},
       {"train.trace", "a trace.json"},
       {"train.eval_every", "7"},

@@ -1,5 +1,7 @@
 // Where a run takes place. The program that has a CUDA back-end (test_cuda_train) also trains on a device.
 
+#include <knock/autograd/grad_mode.hpp>
+#include <knock/io/file.hpp>
 #include <knock/train/checkpoint.hpp>
 #include <knock/train/sampler.hpp>
 #include <knock/train/trainer.hpp>
@@ -86,4 +88,94 @@ TEST_CASE("device: a run on a device ends like one on the CPU, and either goes o
     return text;
   };
   CHECK(text_on("cuda:0") == text_on("cpu"));
+}
+
+namespace {
+
+/// What a run leaves: its log but for times, and all weights and moments.
+struct Traces {
+  std::string log, weights, moments;
+};
+
+Traces traces_of(const Runs& runs, const std::string& out, const std::vector<std::string>& more) {
+  train::Config config = runs.config(out, "cuda:0");
+  for (const auto& assignment : more) train::apply_override(config, assignment);
+  Traces traces;
+  train::Trainer trainer(config);
+  trainer.on_step = [&](const train::StepRecord& step) {
+    traces.log += text(step.loss, " ", step.grad_norm);
+    for (const auto& e : step.experts)
+      traces.log += text(" ", e.load_entropy, " ", e.max_violation, " ", e.router_logit_max, " ", e.dropped);
+    traces.log += "\n";
+  };
+  CHECK(trainer.run().finished);
+  const auto content = [&](const char* file) {
+    return io::read_file(runs.folder / (out + "/checkpoints/step-00000006/" + file));
+  };
+  traces.weights = content("model.safetensors");
+  traces.moments = content("optimizer.safetensors");
+  return traces;
+}
+
+void check_same_bits(const Runs& runs, const std::vector<std::string>& options) {
+  CAPTURE(options);
+  auto with = options;
+  with.push_back("train.cuda_graph=true");
+  const Traces eager = traces_of(runs, "eager", options), graph = traces_of(runs, "graph", with);
+  CHECK(graph.log == eager.log);
+  CHECK(graph.weights == eager.weights);
+  CHECK(graph.moments == eager.moments);
+}
+
+}  // namespace
+
+TEST_CASE("device: a step as a CUDA graph gives the same bits, with evaluations, samples and checkpoints between") {
+  if (!is_available("cuda:0")) {
+    MESSAGE("skipped: no CUDA device");
+    return;
+  }
+  const Runs runs;
+  check_same_bits(runs, {"train.precision=bf16"});
+  check_same_bits(runs, {"train.grad_accum=2", "train.batch_size=1", "train.balance_loss=0.01", "train.z_loss=0.001",
+                         "train.document_mask=true", "model.capacity_factor=1"});
+  check_same_bits(runs, {"optim.name=sgd", "optim.lr=0.1"});
+}
+
+TEST_CASE("device: a graph and what changes weights between its replays") {
+  if (!is_available("cuda:0")) {
+    MESSAGE("skipped: no CUDA device");
+    return;
+  }
+  const Runs runs;
+  const auto final_loss = [&](const std::string& out, const char* graph) {
+    train::Config config = runs.config(out, "cuda:0", "train.precision=bf16");
+    train::apply_override(config, std::string("train.cuda_graph=") + graph);
+    train::Trainer trainer(config);
+    double loss = 0;
+    trainer.on_step = [&](const train::StepRecord& step) {
+      const NoGradGuard no_grad;
+      if (step.step == 3)  // in place
+        for (Tensor& parameter : trainer.model().parameters()) parameter.mul_(0.5);
+      if (step.step == 4) trainer.model().load_state_dict(trainer.model().state_dict());
+      if (step.step == 5) trainer.model().to("cpu"), trainer.model().to("cuda:0");  // elsewhere
+      loss = step.loss;
+    };
+    trainer.run();
+    return loss;
+  };
+  CHECK(final_loss("graph", "true") == final_loss("eager", "false"));
+}
+
+TEST_CASE("device: train.cuda_graph where there can be no graph") {
+  const Runs runs;
+  CHECK(test::error_of([&] { runs.loss("run", "cpu", "train.cuda_graph=true"); }) ==
+        "[config] train.cuda_graph needs a CUDA device, and train.device is cpu");
+  if (!is_available("cuda:0")) return;
+  train::Config config = runs.config("run", "cuda:0", "train.cuda_graph=true");
+  for (const auto& assignment : {"model.attention=hydra", "model.knock.q=none", "model.knock.k=none",
+                                 "model.knock.v=none", "train.document_mask=true"})  // which hydra reads on the host
+    train::apply_override(config, assignment);
+  CHECK(test::error_of([&] { train::Trainer(config).run(); }) ==
+        "[train] this step cannot be a graph; use train.cuda_graph=false: [graph] reading a tensor on the host (item, "
+        "to_vector, to(\"cpu\"), nonzero, ...) cannot be part of a graph");
 }

@@ -41,7 +41,7 @@ Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights
 /// k, C), indices (N, k) i64 in [0, E), weight (E, F, C) -> (N, k, F). Slots are sorted by expert, one product each.
 Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weight);
 
-/// How many slots go to each expert: indices (N, k) -> (E) i64.
+/// How many slots go to each expert: indices (N, k) i64, -1 for none -> (E) i64.
 Tensor expert_load(const Tensor& indices, int64_t experts);
 
 /// indices (N, k) i64 with -1 for each slot beyond the first `capacity` of its expert, in the order of the tokens.
@@ -217,13 +217,17 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
 }
 
 KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
-  return bincount(indices.reshape({-1}), experts);
+  check(indices.dtype() == DType::i64, "expert_load", "indices must be i64, got ", indices);
+  const TensorOptions integers{DType::i64, indices.device()};
+  const Tensor order = empty({indices.numel()}, integers), begin = empty({experts + 1}, integers);
+  kernel(&Backend::moe_sort, "expert_load", indices)(indices.contiguous().array(), order.array(), begin.array());
+  return begin.narrow(0, 1, experts) - begin.narrow(0, 0, experts);
 }
 
 KNOCK_FUNC Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity) {
   const Tensor flat = indices.reshape({-1});  // (N k)
   const auto [expert, slot] = sort(flat);     // stable: an expert's slots stay in the order of the tokens
-  const Tensor load = bincount(flat, experts), begin = cumsum(load, 0) - load;
+  const Tensor load = expert_load(flat, experts), begin = cumsum(load, 0) - load;
   const Tensor place = arange(0, flat.numel(), 1, {DType::i64, flat.device()}) - index_select(begin, 0, expert);
   return scatter(flat, 0, slot, where(place < capacity, expert, -1)).reshape(indices.shape());
 }

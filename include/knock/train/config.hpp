@@ -32,6 +32,7 @@ struct TrainOptions {
   Precision precision = Precision::f32;
   int64_t threads = 0;
   std::string device;  ///< cpu or cuda:N; empty: what KNOCK_DEVICE names, or cpu
+  bool cuda_graph = false;
   std::string out_dir = "build/runs/default";
   std::string trace;  ///< a file for a trace of a few steps; empty: none
   int64_t eval_every = 250;
@@ -197,6 +198,7 @@ void visit_keys(AnyConfig& c, Key&& key) {
   key("train.precision", t.precision, "of activations and products; weights are kept in f32");
   key("train.threads", t.threads, "0: as many as OpenMP chooses", Range{0, 4096});
   key("train.device", t.device, "cpu or cuda:N; empty: what KNOCK_DEVICE names, or cpu");
+  key("train.cuda_graph", t.cuda_graph, "a CUDA device's step up to the optimizer as one graph, after the first step");
   key("train.out_dir", t.out_dir, "folder of the log, the curves and the checkpoints");
   key("train.trace", t.trace, "a file for a Chrome trace of three steps, after two to warm up; empty: none");
   key("train.eval_every", t.eval_every, "steps between evaluations, 0: only at the end", Range{0, 1e9});

@@ -9,6 +9,7 @@
 // router biases, generator, position in the data) is in a checkpoint, so a run that is interrupted and resumed gives
 // the same bits as one that is not.
 
+#include <knock/core/graph.hpp>
 #include <knock/data/corpus.hpp>
 #include <knock/data/loader.hpp>
 #include <knock/data/tokenizer.hpp>
@@ -76,15 +77,30 @@ class Trainer {
     int64_t tokens = 0;
     std::vector<ExpertsRecord> experts;
   };
+  /// A step up to the optimizer as a graph, and what it reads and writes at fixed places.
+  struct CapturedStep {
+    std::vector<const void*> weights;
+    Tensor tokens;  // (grad_accum, 2, B, T)
+    Tensor numbers;
+    Tensors gradients;
+    Graph graph;
+  };
   Trainer(Config config, const Checkpoint* checkpoint);
   void build_model();
   void build_optimizer();
   std::optional<StepResult> step(double lr);
   models::LmInputs lm_inputs(const Tensor& tokens) const;
-  Tensor batch_loss(const data::Batch& batch);
-  Tensors step_loads();
-  Tensor micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum);
-  std::vector<ExpertsRecord> experts_record() const;
+  Tensor batch_loss(const Tensor& tokens, const Tensor& targets);
+  Tensor step_tokens();
+  Tensors step_loads(const Tensor& tokens);
+  Tensor micro_batch_loss(const Tensor& sum, const Tensors& loads);
+  Tensor gradients(const Tensor& tokens);
+  Tensor step_numbers(const Tensor& loss_sum) const;
+  std::vector<const void*> weights() const;
+  bool has_stale_copies() const;
+  void capture_step(const Tensor& tokens);
+  Tensor replayed_gradients(const Tensor& tokens);
+  StepResult step_result(const Tensor& numbers) const;
   double learning_rate(int64_t step) const;
   void begin_log();
   void log_step(const StepResult& result, double lr, double seconds);
@@ -105,7 +121,9 @@ class Trainer {
   std::unique_ptr<optim::Optimizer> optimizer_;
   optim::Schedule schedule_;
   data::ShuffledWindows loader_;
-  std::vector<data::Batch> batches_;  // micro-batches of a step
+  data::Batch batch_;  // the micro-batch read last
+  std::unique_ptr<CapturedStep> captured_;
+  bool warmed_up_ = false;  // a step has run, which made what is made at first use
   RunState state_;
   RunLog log_;
   std::string resumed_from_;  // a checkpoint's folder
@@ -134,6 +152,7 @@ std::string describe(const Config& config);
 #include <chrono>
 #include <cmath>
 #include <filesystem>
+#include <utility>
 
 namespace knock::train {
 namespace detail {
@@ -215,6 +234,8 @@ KNOCK_FUNC Trainer::Trainer(Config config, const Checkpoint* checkpoint)
       schedule_(detail::schedule_options(config_)),
       loader_(train_tokens_, {.seq_len = config_.train.seq_len, .seed = static_cast<uint64_t>(config_.train.seed)}),
       log_(config_.train.out_dir, config_.train.steps) {
+  check(!config_.train.cuda_graph || device_.kind == DeviceKind::cuda, "config",
+        "train.cuda_graph needs a CUDA device, and train.device is ", device_);
   // An imported model may have more rows than its tokenizer has tokens.
   config_.model.vocab_size = checkpoint ? checkpoint->config.model.vocab_size : tokenizer_.vocab_size();
   if (config_.train.threads > 0) set_num_threads(static_cast<int>(config_.train.threads));
@@ -273,25 +294,36 @@ KNOCK_FUNC models::LmInputs Trainer::lm_inputs(const Tensor& tokens) const {
   return inputs;
 }
 
-/// The loss of a batch, summed over its targets.
-KNOCK_FUNC Tensor Trainer::batch_loss(const data::Batch& batch) {
-  const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len}).to(device_);
-  return model_->loss(tokens, from_data(batch.targets, {batch.rows, batch.seq_len}).to(device_),
-                      {.ignore_index = data::ignored_target, .reduction = Reduction::sum}, lm_inputs(tokens));
+/// The loss of a batch (B, T), summed over its targets.
+KNOCK_FUNC Tensor Trainer::batch_loss(const Tensor& tokens, const Tensor& targets) {
+  return model_->loss(tokens, targets, {.ignore_index = data::ignored_target, .reduction = Reduction::sum},
+                      lm_inputs(tokens));
+}
+
+/// Inputs and targets of the next step's micro-batches, (grad_accum, 2, B, T) i64 on the host: one copy to the device.
+KNOCK_FUNC Tensor Trainer::step_tokens() {
+  const TrainOptions& t = config_.train;
+  const Tensor tokens = empty({t.grad_accum, 2, t.batch_size, t.seq_len}, {.dtype = DType::i64});
+  auto* place = tokens.data<int64_t>();
+  for (int64_t i = 0; i < t.grad_accum; ++i) {
+    loader_.next(t.batch_size, batch_);
+    place = std::copy(batch_.inputs.begin(), batch_.inputs.end(), place);
+    place = std::copy(batch_.targets.begin(), batch_.targets.end(), place);
+  }
+  return tokens;
 }
 
 /// The load of each MoE layer over all of the step's micro-batches, before the first backward; nothing where no balance
 /// loss needs it.
-KNOCK_FUNC Tensors Trainer::step_loads() {
+KNOCK_FUNC Tensors Trainer::step_loads(const Tensor& tokens) {
   Tensors loads;
   const auto layers = model_->moe_layers();
-  if (config_.train.balance_loss == 0 || batches_.size() == 1 || layers.empty()) return loads;
+  if (config_.train.balance_loss == 0 || tokens.size(0) == 1 || layers.empty()) return loads;
   const NoGradGuard no_grad;
   const RngState random = rng_state();  // the forwards with gradients draw the same
-  for (const data::Batch& batch : batches_) {
-    if (stop_requested) break;
-    const Tensor tokens = from_data(batch.inputs, {batch.rows, batch.seq_len}).to(device_);
-    model_->hidden(tokens, lm_inputs(tokens));
+  for (int64_t i = 0; i < tokens.size(0) && !stop_requested; ++i) {
+    const Tensor inputs = tokens[i][0];  // (B, T)
+    model_->hidden(inputs, lm_inputs(inputs));
   }
   set_rng_state(random);
   for (nn::MoE* moe : layers) {
@@ -301,14 +333,11 @@ KNOCK_FUNC Tensors Trainer::step_loads() {
   return loads;
 }
 
-/// The part of the step's loss that a micro-batch adds, for backward; its plain sum is added to `loss_sum`.
-KNOCK_FUNC Tensor Trainer::micro_batch_loss(const data::Batch& batch, const Tensors& loads, double& loss_sum) {
+/// The part of the step's loss that a micro-batch adds, for backward, from the sum of its losses.
+KNOCK_FUNC Tensor Trainer::micro_batch_loss(const Tensor& sum, const Tensors& loads) {
   const TrainOptions& t = config_.train;
-  const auto step_tokens = static_cast<double>(t.grad_accum * batch.target_tokens);
-  const Tensor sum = batch_loss(batch);
-  loss_sum += sum.item<double>();
   const double share = 1 / static_cast<double>(t.grad_accum);
-  Tensor loss = sum / step_tokens;
+  Tensor loss = sum / static_cast<double>(t.grad_accum * t.batch_size * t.seq_len);
   const auto layers = model_->moe_layers();
   for (std::size_t i = 0; i < layers.size(); ++i) {
     const nn::MoE& moe = *layers[i];
@@ -321,34 +350,112 @@ KNOCK_FUNC Tensor Trainer::micro_batch_loss(const data::Batch& batch, const Tens
   return loss;
 }
 
-KNOCK_FUNC std::vector<ExpertsRecord> Trainer::experts_record() const {
-  std::vector<ExpertsRecord> out;
+/// The gradients of a step, left at the parameters, and its numbers; undefined when a stop was requested before the
+/// last micro-batch. Nothing waits for the device.
+KNOCK_FUNC Tensor Trainer::gradients(const Tensor& tokens) {
+  const Tensors loads = step_loads(tokens);
+  Tensor loss_sum;
+  for (int64_t i = 0; i < tokens.size(0); ++i) {
+    if (stop_requested) return {};
+    const Tensor sum = batch_loss(tokens[i][0], tokens[i][1]), wide = sum.detach().to(DType::f64);
+    loss_sum = loss_sum.defined() ? loss_sum + wide : wide;
+    micro_batch_loss(sum, loads).backward();
+  }
+  return step_numbers(loss_sum);
+}
+
+/// All that the log and the checks read of a step, one f64 vector on the device: the sum of the losses, the square of
+/// the gradients' norm, and of each MoE layer the largest logit, the choices dropped and the load of each expert.
+KNOCK_FUNC Tensor Trainer::step_numbers(const Tensor& loss_sum) const {
+  const NoGradGuard no_grad;
+  Tensors parts{loss_sum, optim::squared_grad_norm(parameters_)};
   for (const nn::MoE* moe : model_->moe_layers()) {
     const nn::MoEHealth& health = moe->health();
-    out.push_back({.load_entropy = nn::load_entropy(health.load),
-                   .max_violation = nn::max_violation(health.load),
-                   .router_logit_max = health.logit_max.item<double>(),
-                   .dropped = health.dropped.item<double>() / sum(health.load).item<double>()});
+    parts.insert(parts.end(), {health.logit_max, health.dropped, health.load});
   }
-  return out;
+  int64_t count = 0, at = 0;
+  for (const Tensor& part : parts) count += part.numel();
+  const Tensor numbers = empty({count}, {DType::f64, device_});
+  for (const Tensor& part : parts) {
+    numbers.narrow(0, at, part.numel()).copy_(part.reshape({-1}));
+    at += part.numel();
+  }
+  return numbers;
+}
+
+/// Reads them: the one wait of a step.
+KNOCK_FUNC Trainer::StepResult Trainer::step_result(const Tensor& numbers) const {
+  const TrainOptions& t = config_.train;
+  const Tensor here = numbers.to(Device());
+  const auto* number = here.data<double>();
+  StepResult result;
+  result.tokens = t.grad_accum * t.batch_size * t.seq_len;
+  result.loss = *number++ / static_cast<double>(result.tokens);
+  result.grad_norm = std::sqrt(*number++);
+  for (const nn::MoE* moe : model_->moe_layers()) {
+    const double logit_max = *number++, dropped = *number++;
+    const Tensor load = here.narrow(0, number - here.data<double>(), moe->options().experts);
+    number += load.numel();
+    result.experts.push_back({.load_entropy = nn::load_entropy(load),
+                              .max_violation = nn::max_violation(load),
+                              .router_logit_max = logit_max,
+                              .dropped = dropped / sum(load).item<double>()});
+  }
+  return result;
+}
+
+/// Where the weights are.
+KNOCK_FUNC std::vector<const void*> Trainer::weights() const {
+  std::vector<const void*> places;
+  for (const Tensor& parameter : parameters_) places.push_back(parameter.raw_data());
+  return places;
+}
+
+/// Whether a weight was changed by other means than the optimizer, which keeps the bf16 copies that products read.
+KNOCK_FUNC bool Trainer::has_stale_copies() const {
+  return std::any_of(parameters_.begin(), parameters_.end(), [](const Tensor& parameter) {
+    const Storage& storage = *parameter.impl().storage;
+    return storage.rounded && storage.rounded_version != storage.version;
+  });
+}
+
+/// Records `gradients`. What the step before has left in the cache becomes the graph's memory.
+KNOCK_FUNC void Trainer::capture_step(const Tensor& tokens) {
+  auto step = std::make_unique<CapturedStep>();
+  step->weights = weights();
+  step->tokens = tokens.to(device_);
+  memory::release_cached(device_);
+  try {
+    step->graph = Graph::capture(device_, [&] { step->numbers = gradients(step->tokens); });
+  } catch (const Error& error) {
+    optimizer_->zero_grad();
+    fail("train", "this step cannot be a graph; use train.cuda_graph=false: ", error.what());
+  }
+  for (const Tensor& parameter : parameters_) step->gradients.push_back(parameter.grad());
+  if (step->numbers.defined()) captured_ = std::move(step);
+}
+
+/// The same as `gradients` by the graph, which is captured when a first step has run. A replay writes the gradients
+/// where they were before. A step for which a replay would read old copies of the weights runs without it.
+KNOCK_FUNC Tensor Trainer::replayed_gradients(const Tensor& tokens) {
+  if (captured_ && captured_->weights != weights()) captured_.reset();
+  if (!std::exchange(warmed_up_, true) || has_stale_copies()) return gradients(tokens.to(device_));
+  if (!captured_) capture_step(tokens);
+  if (!captured_ || stop_requested) return {};
+  captured_->tokens.copy_(tokens);
+  captured_->graph.replay();
+  for (std::size_t i = 0; i < parameters_.size(); ++i) parameters_[i].set_grad(captured_->gradients[i]);
+  return captured_->numbers;
 }
 
 /// One optimizer step; nothing when a stop was requested before its last micro-batch.
 KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
   const TrainOptions& t = config_.train;
   const trace::Span span(text("step ", state_.step + 1));
-  StepResult result;
-  result.tokens = t.grad_accum * t.batch_size * t.seq_len;
-  batches_.resize(static_cast<std::size_t>(t.grad_accum));
-  for (data::Batch& batch : batches_) loader_.next(t.batch_size, batch);
-  const Tensors loads = step_loads();
-  for (const data::Batch& batch : batches_) {
-    if (stop_requested) return std::nullopt;
-    micro_batch_loss(batch, loads, result.loss).backward();
-  }
-  result.experts = experts_record();
-  result.loss /= static_cast<double>(result.tokens);
-  result.grad_norm = optim::grad_norm(parameters_);
+  const Tensor tokens = step_tokens();
+  const Tensor numbers = t.cuda_graph ? replayed_gradients(tokens) : gradients(tokens.to(device_));
+  if (!numbers.defined()) return std::nullopt;
+  const StepResult result = step_result(numbers);
   check(std::isfinite(result.loss) && std::isfinite(result.grad_norm), "train", "step ", state_.step + 1, ": loss ",
         result.loss, ", gradient norm ", result.grad_norm,
         " is not finite; the last checkpoint is untouched. Try a smaller optim.lr");
@@ -473,7 +580,10 @@ KNOCK_FUNC Evaluation Trainer::evaluate(int64_t max_tokens, int64_t context) {
   double nats = 0;
   int64_t bytes = 0;
   while (!stop_requested && windows.next(t.batch_size, batch)) {
-    nats += batch_loss(batch).item<double>();
+    const auto on_device = [&](const std::vector<int64_t>& ids) {
+      return from_data(ids, {batch.rows, batch.seq_len}).to(device_);
+    };
+    nats += batch_loss(on_device(batch.inputs), on_device(batch.targets)).item<double>();
     out.tokens += batch.target_tokens;
     bytes += batch.target_bytes;
   }
