@@ -2,6 +2,7 @@
 // idle lanes, instructions for each product on the tensor cores. A change that makes a kernel worse fails here.
 
 #include <knock/autograd/engine.hpp>
+#include <knock/models/moe_lm.hpp>
 #include <knock/ops/attention.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/inplace.hpp>
@@ -36,6 +37,14 @@ struct Limits {
 };
 
 double ratio(uint64_t a, uint64_t b) { return b == 0 ? 0 : static_cast<double>(a) / static_cast<double>(b); }
+
+/// Launches since the counters were reset, of kernels with `part` in their names.
+uint64_t launches(const std::string& part = "") {
+  uint64_t sum = 0;
+  for (const auto& [name, c] : cuda_sim::kernel_counters())
+    if (name.find(part) != std::string::npos) sum += c.launches;
+  return sum;
+}
 
 /// Runs and compares what was counted of the kernels with their limits.
 template <class Run>
@@ -125,19 +134,35 @@ TEST_CASE("limits: optimizers, in at most two launches for any number of tensors
       scale_({params[0].grad(), params[1].grad()}, 0.5);
     };
     step();  // makes the moments
-    check_limits({{.kernel = "AdamW<float>"},
-                  {.kernel = "Sgd<float>"},
-                  {.kernel = "square_chunks"},
-                  {.kernel = "scale_chunks"}},
-                 step);
-    const auto launches = [](const std::string& kernel) {
-      uint64_t sum = 0;
-      for (const auto& [name, c] : cuda_sim::kernel_counters())
-        if (name.find(kernel) != std::string::npos) sum += c.launches;
-      return sum;
-    };
+    check_limits(
+        {{.kernel = "AdamW<float>"}, {.kernel = "Sgd<float>"}, {.kernel = "square_chunks"}, {.kernel = "scale_chunks"}},
+        step);
     CHECK(launches("AdamW<float>") == 1);
     CHECK(launches("Sgd<float>") == 1);
-    CHECK(launches("") == 1 + 1 + 2 + 1 + 1);  // the norm's two; the host reads it
+    CHECK(launches() == 1 + 1 + 2 + 1 + 1);  // the norm's two; the host reads it
   }
+}
+
+TEST_CASE("limits: launches of a training step") {
+  models::MoeLmConfig c{.vocab_size = 64, .hidden = 32, .layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 16};
+  c.knock = {.q = nn::Knock::linear, .k = nn::Knock::linear, .v = nn::Knock::mlp};
+  c.experts = 4, c.top_k = 2, c.expert_ffn = 16, c.dense_layers = 1, c.dense_ffn = 48;
+  models::MoeLm model(c);
+  model.to("cuda:0");
+  model.set_compute_dtype(DType::bf16);
+  const Tensor tokens = randint(0, 64, {2, 17}).to("cuda:0"), inputs = tokens.narrow(1, 0, 16).contiguous(),
+               targets = tokens.narrow(1, 1, 16).contiguous();
+  optim::AdamW optimizer(model.parameters(), {.lr = 1e-3});
+  const auto step = [&] {
+    model.zero_grad();
+    model.loss(inputs, targets).backward();
+    optimizer.step(optim::clip_factor(optim::grad_norm(model.parameters()), 1));
+    synchronize("cuda:0");
+  };
+  step();
+  cuda_sim::reset_kernel_counters();
+  step();
+  CHECK(launches() <= 225);
+  CHECK(launches("update_parameters") == 1);
+  CHECK(launches("square_chunks") + launches("add_partial") == 2);
 }

@@ -66,6 +66,7 @@ Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions option
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_LOSS)
 #include <knock/autograd/twin.hpp>
+#include <knock/core/rounded.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/pointwise.hpp>
@@ -221,17 +222,18 @@ KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const T
   if (needs_dw) out.dw = rows > 0 ? empty(weight.shape(), wide) : zeros(weight.shape(), wide);
 
   const auto gemm = kernel(&Backend::gemm, op, x);
+  const Array w = array_beside(x, weight);  // (V, C)
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t count = std::min(chunk, rows - begin);
     const Tensor in = x.narrow(0, begin, count), at = index.narrow(0, begin, count);  // (n, C), (n)
     const Tensor y = logits.narrow(0, 0, count);                                      // (n, V)
-    gemm(1, in.array(), weight.t().array(), 0, {}, y.array());
+    gemm(1, in.array(), transposed(w), 0, {}, y.array());
     kernel(&Backend::cross_entropy, op, x)(y.array(), at.array(), own,
                                            (each ? losses.narrow(0, begin, count) : losses[begin / chunk]).array(),
                                            stats.array());
     if (!needs_dx && !needs_dw) continue;
     kernel(&Backend::cross_entropy_backward, op, x)(y.array(), at.array(), stats.array(), own, one.array(), y.array());
-    if (needs_dx) gemm(share, y.array(), weight.array(), 0, {}, out.dx.narrow(0, begin, count).array());
+    if (needs_dx) gemm(share, y.array(), w, 0, {}, out.dx.narrow(0, begin, count).array());
     if (needs_dw) gemm(share, y.t().array(), in.array(), begin > 0 ? 1 : 0, out.dw.array(), out.dw.array());
   }
   out.loss = each ? losses : sum(losses);

@@ -7,6 +7,7 @@
 // a's leading axes, both y and db are one large product.
 
 #include <knock/autograd/node.hpp>
+#include <knock/core/rounded.hpp>
 #include <knock/core/tensor.hpp>
 #include <knock/ops/view.hpp>
 
@@ -116,6 +117,9 @@ KNOCK_FUNC Array transposed(const Array& x) {
   return {x.data, x.dtype, {x.shape[1], x.shape[0]}, {x.strides[1], x.strides[0]}};
 }
 
+/// weight (out, in) as a product with x takes it: (in, out)
+KNOCK_FUNC Array weight_columns(const Tensor& x, const Tensor& weight) { return transposed(array_beside(x, weight)); }
+
 /// alpha a b + beta c for arrays of rank >= 2, in `dtype`, not recorded. c broadcasts to the result.
 KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, DType dtype, double alpha = 1,
                           double beta = 0, const Tensor& c = {}) {
@@ -129,7 +133,7 @@ KNOCK_FUNC Tensor product(const char* op, const Tensor& a, const Tensor& b, DTyp
   };
   const Shape shape = with(m, n);
   Tensor out = empty(shape, {dtype, a.device()});
-  kernel(&Backend::gemm, op, a)(alpha, a.array().expand(with(m, k)), b.array().expand(with(k, n)), beta,
+  kernel(&Backend::gemm, op, a)(alpha, a.array().expand(with(m, k)), array_beside(a, b).expand(with(k, n)), beta,
                                 beta != 0 ? c.array().expand(shape) : Array{}, out.array());
   return out;
 }
@@ -236,8 +240,8 @@ struct LinearOperands {
   }
 };
 
-KNOCK_FUNC Array bias_or_none(const Tensor& bias, const Array& out) {
-  return bias.defined() ? bias.array().expand(out.shape) : Array{};
+KNOCK_FUNC Array bias_or_none(const Tensor& x, const Tensor& bias, const Array& out) {
+  return bias.defined() ? array_beside(x, bias).expand(out.shape) : Array{};
 }
 
 /// Gradients of x, weight and bias, from that of x w^T + bias.
@@ -262,8 +266,8 @@ KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bi
   const detail::LinearOperands operands(x, weight, bias);
   Tensor y = empty(operands.shape, {x.dtype(), x.device()});  // (..., out)
   const Array out = detail::rows_of(y);                       // (R, out)
-  kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(operands.x), detail::transposed(weight.array()),
-                                      bias.defined() ? 1 : 0, detail::bias_or_none(bias, out), out);
+  kernel(&Backend::gemm, "linear", x)(1, detail::rows_of(operands.x), detail::weight_columns(x, weight),
+                                      bias.defined() ? 1 : 0, detail::bias_or_none(x, bias, out), out);
   return autograd::record("linear", y, {x, weight, bias},
                           [sx = autograd::Saved(x), sw = autograd::Saved(weight),
                            sb = autograd::Saved(bias)](const autograd::Upstream& up) -> Tensors {
@@ -283,7 +287,7 @@ KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const
   const Tensor before = recorded && !from_output ? empty(operands.shape, options) : Tensor();  // (..., out)
   const Array out = detail::rows_of(y);                                                        // (R, out)
   kernel(&Backend::gemm_activation, "linear_activation", x)(
-      detail::rows_of(operands.x), detail::transposed(weight.array()), detail::bias_or_none(bias, out), op,
+      detail::rows_of(operands.x), detail::weight_columns(x, weight), detail::bias_or_none(x, bias, out), op,
       before.defined() ? detail::rows_of(before) : Array{}, out);
   return autograd::record(
       "linear_activation", y, {x, weight, bias},
@@ -326,7 +330,7 @@ KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
     Shape shape = detail::leading(x.shape(), 1);
     shape.push_back(weight.size(0));
     out.push_back(empty(shape, {x.dtype(), x.device()}));
-    matrices.push_back(detail::transposed(weight.array()));
+    matrices.push_back(detail::weight_columns(x, weight));
     results.push_back(detail::rows_of(out.back()));
   }
   const Tensor dense = x.rank() == 2 ? x : x.contiguous();

@@ -63,6 +63,7 @@ Tensor expert_linear(const Tensor& x, const Tensor& indices, const Tensor& weigh
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_MOE)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/autograd/twin.hpp>
+#include <knock/core/rounded.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
@@ -191,7 +192,8 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
   Tensor out = empty(x.shape(), options);
   const Tensor s = weights.contiguous(), w_gate = gate.contiguous(), w_up = up.contiguous(), w_down = down.contiguous();
   kernel(&Backend::moe_forward, "moe_experts", x)(
-      {x.array(), order.array(), offsets.array(), s.array(), w_gate.array(), w_up.array(), w_down.array()},
+      {x.array(), order.array(), offsets.array(), s.array(), detail::array_beside(x, w_gate),
+       detail::array_beside(x, w_up), detail::array_beside(x, w_down)},
       hidden.array(), out.array());
   using autograd::Saved;
   return autograd::record(
@@ -208,8 +210,8 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
         Tensors grads = {empty_like(x_now), empty_like(s_now), empty_like(gate_now), empty_like(up_now),
                          empty_like(down_now)};
         kernel(&Backend::moe_backward, "moe_experts", x_now)(
-            {x_now.array(), order.array(), offsets.array(), s_now.array(), gate_now.array(), up_now.array(),
-             down_now.array()},
+            {x_now.array(), order.array(), offsets.array(), s_now.array(), detail::array_beside(x_now, gate_now),
+             detail::array_beside(x_now, up_now), detail::array_beside(x_now, down_now)},
             hidden.array(), dy.array(),
             {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array()});
         return grads;
