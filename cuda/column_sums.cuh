@@ -63,6 +63,40 @@ class PartialSums {
   bool wanted_;
 };
 
+/// What one thread adds up of its part's sums, the columns that it has: in registers where rows are held, otherwise
+/// where the part's sums lie.
+template <class C, int size, bool held>
+class ColumnSums {
+ public:
+  /// part_sums: of n columns, zero from now on; null where they are not wanted.
+  __device__ ColumnSums(const Team<size>& team, C* part_sums, int64_t n) : place_(part_sums), n_(n) {
+    if (!held && place_) write(team);
+  }
+  /// To columns i to i + 3, the p-th four of the thread.
+  __device__ void add(int64_t i, int p, const C (&values)[4]) {
+    for (int j = 0; j < 4; ++j) {
+      if (held) sums_[p][j] += values[j];
+      if (!held && place_ && i + j < n_) place_[i + j] += values[j];
+    }
+  }
+  __device__ void finish(const Team<size>& team) {
+    if (held && place_) write(team);
+  }
+
+ private:
+  __device__ void write(const Team<size>& team) {
+    each_four<held>(team, n_, [&](int64_t i, int p) {
+      if (n_ % 4 == 0) return store_pack_of<C>(place_, i, sums_[p]);
+      for (int j = 0; j < 4; ++j)
+        if (i + j < n_) place_[i + j] = sums_[p][j];
+    });
+  }
+
+  C* place_;
+  int64_t n_;
+  C sums_[held ? held_fours : 1][4] = {};
+};
+
 template <class C>
 const C* data_or_null(const Array& array) {
   return array.defined() ? array.as<const C>() : nullptr;

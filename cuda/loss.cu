@@ -116,29 +116,28 @@ void with_upstream(const char* name, const Targets& targets, Reduction reduction
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------------------
 
-/// The largest of some numbers, and the sum of exp(number - largest): it grows number by number.
+/// The largest of some numbers, and the sum of exp(number - largest): it grows by four numbers at a time.
 template <class C>
 struct ExpSum {
   C largest = -std::numeric_limits<C>::infinity(), sum = 0;
 
-  __device__ void add(C x) {
-    if (x > largest) {
-      sum = sum * math::exp(largest - x) + math::exp(x - x);  // NaN when x is infinite
-      largest = x;
-    } else {
-      sum += x == largest && x < 0 ? C(1) : math::exp(x - largest);  // -inf may be the largest so far
-    }
+  __device__ void add(const C (&x)[4]) {
+    C next = largest;
+    for (int j = 0; j < 4; ++j) next = x[j] > next ? x[j] : next;
+    sum = shifted_to(next);
+    for (int j = 0; j < 4; ++j) sum += math::exp(x[j] - shift(next));
+    largest = next;
   }
   __device__ ExpSum operator()(const ExpSum& a, const ExpSum& b) const {
     ExpSum out{Largest{}(a.largest, b.largest), 0};
-    out.sum = part(a, out.largest) + part(b, out.largest);
+    out.sum = a.shifted_to(out.largest) + b.shifted_to(out.largest);
     return out;
   }
 
  private:
-  __device__ static C part(const ExpSum& s, C largest) {
-    return s.largest == largest ? s.sum : s.sum * math::exp(s.largest - largest);
-  }
+  // Without branches: 0 in place of -inf, so that -inf adds nothing; +inf makes NaN.
+  __device__ static C shift(C largest) { return largest == -std::numeric_limits<C>::infinity() ? C(0) : largest; }
+  __device__ C shifted_to(C other) const { return sum * math::exp(largest - shift(other)); }
 };
 
 template <class C>
@@ -159,11 +158,14 @@ __global__ void __launch_bounds__(team_threads)
     const int64_t target = targets[row];
     ExpSum<C> sum;
     double total = 0;
-    for (int64_t i = team.lane(); i < rows.n; i += size) {
-      const C value = convert<C>(x[i * rows.step[0]]);
+    each_four<false>(team, rows.n, [&](int64_t i, int) {
+      C value[4];
+      load_four(rows, 0, x, i, value, -std::numeric_limits<C>::infinity());
       sum.add(value);
-      total += static_cast<double>(value);
-    }
+      if (smoothing == 0) return;
+      for (int j = 0; j < 4; ++j)
+        if (i + j < rows.n) total += static_cast<double>(value[j]);
+    });
     sum = team.join(sum, ExpSum<C>{});
     total = team.sum(total);
     if (team.lane() != 0) continue;
@@ -194,14 +196,15 @@ __global__ void __launch_bounds__(team_threads)
     const int64_t target = targets[row];
     const C largest = stats[2 * row], g = upstream[row], scale = g / stats[2 * row + 1];
     const C everywhere = static_cast<C>(smoothing / static_cast<double>(rows.n)) * g;
-    for (int64_t i = team.lane(); i < rows.n; i += size) {
-      C dx = 0;
-      if (target >= 0) {
-        dx = math::exp(convert<C>(logits[at[1] + i * rows.step[1]]) - largest) * scale - everywhere;
-        if (i == target) dx -= static_cast<C>(1 - smoothing) * g;
+    each_four<false>(team, rows.n, [&](int64_t i, int) {
+      C x[4], dx[4] = {};
+      load_four(rows, 1, logits + at[1], i, x);
+      for (int j = 0; j < 4; ++j) {
+        if (target >= 0) dx[j] = math::exp(x[j] - largest) * scale - everywhere;
+        if (target == i + j) dx[j] -= static_cast<C>(1 - smoothing) * g;
       }
-      out_dlogits[at[0] + i * rows.step[0]] = convert<T>(dx);
-    }
+      store_four(rows, 0, out_dlogits + at[0], i, dx);
+    });
   }
 }
 

@@ -10,75 +10,83 @@ namespace knock::cuda {
 namespace {
 
 /// y = s r weight with r = 1 / sqrt(mean(s^2) + eps); s is x, or the sum of x and the addend, which out_sum keeps.
-template <class T, class S, int size>
-__global__ void __launch_bounds__(team_threads)
+template <class T, class S, int size, bool held>
+__global__ void __launch_bounds__(team_threads, 1)
     rms_norm_rows(const __grid_constant__ Rows<4> rows, const T* x, const S* addend, const compute_t<T>* weight,
-                  compute_t<T> eps, S* out_sum, T* out_y, compute_t<T>* out_stats, bool cached) {
+                  compute_t<T> eps, S* out_sum, T* out_y, compute_t<T>* out_stats) {
   using C = compute_t<T>;
   const Team<size> team;
-  C* const cache = cached ? cache_of<C>(team, rows.n, 1) : nullptr;
+  C s[held ? held_fours : 1][4];
   for (int64_t row = team.index(); row < rows.walk.n; row += team.count()) {
     int64_t at[4];
     rows.walk.offsets(row, at);
-    const T* const branch = x + at[1];
-    S* const sum = out_sum ? out_sum + at[0] : nullptr;
     C squares = 0;
-    for (int64_t i = team.lane(); i < rows.n; i += size) {
-      C value = convert<C>(branch[i * rows.step[1]]);
-      if (sum) {
-        const S rounded = convert<S>(value + convert<C>(addend[at[2] + i * rows.step[2]]));
-        sum[i * rows.step[0]] = rounded;
-        value = convert<C>(rounded);
+    each_four<held>(team, rows.n, [&](int64_t i, int p) {
+      load_four(rows, 1, x + at[1], i, s[p]);
+      if (out_sum) {
+        C more[4];
+        load_four(rows, 2, addend + at[2], i, more);
+        for (int j = 0; j < 4; ++j) s[p][j] = convert<C>(convert<S>(s[p][j] + more[j]));
+        store_four(rows, 0, out_sum + at[0], i, s[p]);
       }
-      if (cached) cache[i] = value;
-      squares += value * value;
-    }
+      for (int j = 0; j < 4; ++j) squares += s[p][j] * s[p][j];
+    });
     const C rstd = 1 / std::sqrt(team.sum(squares) / static_cast<C>(rows.n) + eps);
-    for (int64_t i = team.lane(); i < rows.n; i += size) {
-      const C value = cached ? cache[i]
-                      : sum  ? convert<C>(sum[i * rows.step[0]])
-                             : convert<C>(branch[i * rows.step[1]]);
-      out_y[at[3] + i * rows.step[3]] = convert<T>(value * rstd * (weight ? weight[i] : C(1)));
-    }
+    each_four<held>(team, rows.n, [&](int64_t i, int p) {
+      if (!held && out_sum) load_four(rows, 0, out_sum + at[0], i, s[p]);
+      if (!held && !out_sum) load_four(rows, 1, x + at[1], i, s[p]);
+      C y[4];
+      for (int j = 0; j < 4; ++j) y[j] = s[p][j] * rstd;
+      scale_along(rows, weight, i, y);
+      store_four(rows, 3, out_y + at[3], i, y);
+    });
     if (team.lane() == 0) out_stats[row] = rstd;
   }
 }
 
 // With h = x rstd and g = dy weight:  dx = rstd (g - h mean(g h)) + addend,  dweight = sum of dy h over the rows. Each
-// team adds up the rows of its part, each thread the columns it holds.
-template <class T, class S, int size>
+// team adds up the rows of its part, each thread the columns it has.
+template <class T, class S, int size, bool held>
 __global__ void __launch_bounds__(team_threads)
     rms_norm_backward_rows(const __grid_constant__ Rows<5> rows, RowParts parts, const S* x, const compute_t<T>* weight,
                            const compute_t<T>* stats, const T* dy, const S* addend, S* out_dx, T* out_dx_narrow,
-                           compute_t<T>* part_dweight, bool cached) {
+                           compute_t<T>* part_dweight) {
   using C = compute_t<T>;
+  constexpr int fours = held ? held_fours : 1;
   const Team<size> team;
   const int64_t n = rows.n;
-  C* const cache = cached ? cache_of<C>(team, n, 2) : nullptr;
   for (int64_t part = team.index(); part < parts.count; part += team.count()) {
-    C* const dweight = part_dweight ? part_dweight + part * n : nullptr;
-    for (int64_t i = team.lane(); dweight && i < n; i += size) dweight[i] = 0;
+    C in[fours][4], up[fours][4];
+    ColumnSums<C, size, held> dweight(team, part_dweight ? part_dweight + part * n : nullptr, n);
     for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
       int64_t at[5];
       rows.walk.offsets(row, at);
-      const RowReader<S> in{x + at[0], rows.step[0], cache};
-      const RowReader<T> upstream{dy + at[1], rows.step[1], cached ? cache + n : nullptr};
       const C rstd = stats[row];
       C dot = 0;
-      for (int64_t i = team.lane(); i < n; i += size) {
-        const C value = in.fetch(i), up = upstream.fetch(i);
-        dot += up * (weight ? weight[i] : C(1)) * value;
-        if (dweight) dweight[i] += up * (value * rstd);
-      }
+      each_four<held>(team, n, [&](int64_t i, int p) {
+        load_four(rows, 0, x + at[0], i, in[p]);
+        load_four(rows, 1, dy + at[1], i, up[p]);
+        C slopes[4];
+        for (int j = 0; j < 4; ++j) slopes[j] = up[p][j] * (in[p][j] * rstd);
+        dweight.add(i, p, slopes);
+        scale_along(rows, weight, i, up[p]);
+        for (int j = 0; j < 4; ++j) dot += up[p][j] * in[p][j];
+      });
       const C slope = team.sum(dot) * (rstd * rstd * rstd) / static_cast<C>(n);
-      for (int64_t i = team.lane(); i < n; i += size) {
-        C dx = upstream[i] * (weight ? weight[i] : C(1)) * rstd - in[i] * slope;
-        if (addend) dx += convert<C>(addend[at[2] + i * rows.step[2]]);
-        const S rounded = convert<S>(dx);
-        if (out_dx) out_dx[at[3] + i * rows.step[3]] = rounded;
-        if (out_dx_narrow) out_dx_narrow[at[4] + i * rows.step[4]] = convert<T>(rounded);
-      }
+      each_four<held>(team, n, [&](int64_t i, int p) {
+        if (!held) {
+          load_four(rows, 0, x + at[0], i, in[p]);
+          load_four(rows, 1, dy + at[1], i, up[p]);
+          scale_along(rows, weight, i, up[p]);
+        }
+        C dx[4] = {};
+        if (addend) load_four(rows, 2, addend + at[2], i, dx);
+        for (int j = 0; j < 4; ++j) dx[j] = convert<C>(convert<S>(up[p][j] * rstd - in[p][j] * slope + dx[j]));
+        if (out_dx) store_four(rows, 3, out_dx + at[3], i, dx);
+        if (out_dx_narrow) store_four(rows, 4, out_dx_narrow + at[4], i, dx);
+      });
     }
+    dweight.finish(team);
   }
 }
 
@@ -102,14 +110,14 @@ void rms_norm(const Array& x, const Array& addend, const Array& weight, double e
               const Array& out_y, const Array& out_stats) {
   const bool adds = addend.defined();
   const Array& normed = adds ? out_sum : x;
-  const Rows<4> rows({normed, x, adds ? addend : x, out_y});
+  Rows<4> rows({normed, x, adds ? addend : x, out_y});
+  rows.read_along(weight);
   dispatch_sum(x.dtype, normed.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
-    with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
-      grid = with_cache<C, size>(grid, rows.n, 1);
-      launch("rms_norm", rms_norm_rows<T, S, size>, grid, rows, x.as<const T>(), adds ? addend.as<const S>() : nullptr,
-             data_or_null<C>(weight), static_cast<C>(eps), adds ? out_sum.as<S>() : nullptr, out_y.as<T>(),
-             out_stats.as<C>(), grid.shared_bytes > 0);
+    with_fours<C>(rows.count(), rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
+      launch("rms_norm", rms_norm_rows<T, S, size, held>, grid, rows, x.as<const T>(),
+             adds ? addend.as<const S>() : nullptr, data_or_null<C>(weight), static_cast<C>(eps),
+             adds ? out_sum.as<S>() : nullptr, out_y.as<T>(), out_stats.as<C>());
     });
   });
 }
@@ -117,16 +125,16 @@ void rms_norm(const Array& x, const Array& addend, const Array& weight, double e
 void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
                        const Array& out_dx, const Array& out_dx_narrow, const Array& out_dweight) {
   const auto or_x = [&](const Array& array) { return array.defined() ? array : x; };
-  const Rows<5> rows({x, dy, or_x(addend), or_x(out_dx), or_x(out_dx_narrow)});
+  Rows<5> rows({x, dy, or_x(addend), or_x(out_dx), or_x(out_dx_narrow)});
+  rows.read_along(weight);
   const RowParts parts(rows.count());
   dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
     const PartialSums<C> dweight(parts, rows.n, out_dweight.defined());
-    with_team(parts.count, rows.n, [&]<int size>(Team<size>, Grid grid) {
-      grid = with_cache<C, size>(grid, rows.n, 2);
-      launch("rms_norm_backward", rms_norm_backward_rows<T, S, size>, grid, rows, parts, x.as<const S>(),
+    with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
+      launch("rms_norm_backward", rms_norm_backward_rows<T, S, size, held>, grid, rows, parts, x.as<const S>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(), out_or_null<const S>(addend),
-             out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.data(), grid.shared_bytes > 0);
+             out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.data());
     });
     dweight.add_up("rms_norm_backward", out_or_null<C>(out_dweight));
   });

@@ -111,11 +111,16 @@ TEST_CASE("limits: one pass over memory") {
   check_limits({{.kernel = "pointwise_kernel"}}, [&] { a + row; });
   check_limits({{.kernel = "pointwise_kernel"}}, [&] { swiglu(a, b); });
   check_limits({{.kernel = "softmax_rows"}}, [&] { softmax(a, -1); });
-  check_limits({{.kernel = "rms_norm_rows"}}, [&] { add_rms_norm(a, b, w); });
-  check_limits({{.kernel = "rms_norm_backward_rows", .lanes = 0.89}}, [&] {
-    const Tensor x = a.detach().requires_grad_();
-    rms_norm(x, w).backward(b);
-  });
+  // One lane of a row writes its statistics.
+  check_limits({{.kernel = "rms_norm_rows", .lanes = 0.88}}, [&] { add_rms_norm(a, b, w); });
+  check_limits({{.kernel = "layer_norm_rows", .lanes = 0.88}}, [&] { layer_norm(a, w, w); });
+  const Tensor x = a.detach().requires_grad_();
+  check_limits({{.kernel = "rms_norm_backward_rows", .lanes = 0.89}}, [&] { rms_norm(x, w).backward(b); });
+  check_limits({{.kernel = "layer_norm_backward_rows", .lanes = 0.89}}, [&] { layer_norm(x, w, w).backward(b); });
+  check_limits({{.kernel = "softmax_backward_rows"}}, [&] { softmax(x, -1).backward(b); });
+  const Tensor classes = arange(rows).to("cuda:0");
+  check_limits({{.kernel = "cross_entropy_rows", .lanes = 0.85}, {.kernel = "cross_entropy_backward_rows"}},
+               [&] { cross_entropy(x, classes).backward(); });
 }
 
 TEST_CASE("limits: optimizers, in at most two launches for any number of tensors") {
