@@ -190,6 +190,61 @@ TEST_CASE("rounded: the CPU's gradients, from the same copy forward and backward
   CHECK(test::contains(test::error_of([&] { y.backward(ones({4, 7}, bf16_on_gpu)); }), "that SGD changed in place"));
 }
 
+TEST_CASE("rounded: replays of graphs read no stale copy, and leave none") {
+  const NoGradGuard no_grad;
+  const Tensor w = weight({6, 5}), x = eye(5, bf16_on_gpu), fresh = weight({6, 5});
+  CHECK(test::contains(test::error_of([&] { Graph::capture(gpu, [&] { linear(x, w); }); }),
+                       "run once before the capture"));
+  linear(x, w);
+  Tensor y;
+  Graph read = Graph::capture(gpu, [&] { y = linear(x, w); });
+  const auto check_replay = [&] {
+    read.replay();
+    CHECK(same_bits(y.t(), w.detach().to(DType::bf16)));
+  };
+  check_replay();
+  CHECK(roundings([&] { read.replay(); }) == 0);
+  Tensor(w).copy_(randn({6, 5}));  // outside of the graph
+  check_replay();
+  check_read(w);
+
+  Tensor(w).set_grad(ones({6, 5}, on_gpu));
+  optim::SGD sgd({w}, {.lr = 0.5});
+  Graph step = Graph::capture(gpu, [&] { sgd.step(); });  // writes the weight and the copy
+  check_read(w);
+  CHECK(roundings([&] {
+          for (int i = 0; i < 2; ++i) {
+            step.replay();
+            check_read(w);
+            check_replay();
+          }
+        }) == 0);
+  Tensor(w).mul_(2);  // the graph writes the copy still, but it was stale
+  step.replay();
+  check_read(w);
+
+  Graph write = Graph::capture(gpu, [&] { Tensor(w).mul_(1.5); });
+  for (int i = 0; i < 2; ++i) {
+    check_read(w);
+    const uint32_t version = w.impl().storage->version;
+    write.replay();
+    CHECK(w.impl().storage->version != version);
+  }
+  check_read(w);
+  check_replay();
+
+  linear(x, fresh);  // made stale within the capture: the graph makes it anew itself
+  Graph both = Graph::capture(gpu, [&] {
+    Tensor(fresh).mul_(1.5);
+    y = linear(x, fresh);
+  });
+  for (int i = 0; i < 2; ++i) {
+    both.replay();
+    CHECK(same_bits(y.t(), fresh.detach().to(DType::bf16)));
+    check_read(fresh);
+  }
+}
+
 TEST_CASE("rounded: experts and the loss of logits read it too; a steady step of a model rounds no weight") {
   models::MoeLmConfig c{.vocab_size = 64,
                         .hidden = 32,

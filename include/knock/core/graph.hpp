@@ -18,6 +18,8 @@
 //   replay writes there again. What is released within the capture is used again within it alone.
 // * Memory from outside must outlive the graph and keep its place. A tensor from outside whose last handle goes within
 //   the capture is kept.
+// * A replay counts as an in-place write of what the captured ops wrote in place, and it reads no stale bf16 copy of a
+//   weight (core/rounded.hpp): one is made anew before it.
 // * Numbers of the host (a learning rate, a loop's length, what item() gave before) stay what they were.
 //
 // An error within the capture, which then leaves nothing behind: reading a tensor on the host or waiting for the device
@@ -26,6 +28,7 @@
 // at the next wait.
 
 #include <knock/core/device.hpp>
+#include <knock/core/rounded.hpp>
 
 #include <memory>
 #include <utility>
@@ -41,7 +44,10 @@ class Graph {
   template <class Body>
   static Graph capture(Device device, Body&& body) {
     Graph graph(device);
-    std::forward<Body>(body)();
+    {
+      const detail::ReplayNotes::Scope scope(graph.notes_);
+      std::forward<Body>(body)();
+    }
     graph.end_capture();
     return graph;
   }
@@ -49,7 +55,7 @@ class Graph {
   /// Launches the work, behind what the device was asked for before. Does not wait for it.
   void replay();
   /// Gives up the graph and its memory.
-  void reset() { state_.reset(); }
+  void reset() { *this = Graph(); }
   bool defined() const { return state_ != nullptr; }
 
  private:
@@ -62,6 +68,7 @@ class Graph {
   void end_capture();
 
   std::unique_ptr<void, Destroy> state_;
+  detail::ReplayNotes notes_;
 };
 
 }  // namespace knock
@@ -79,7 +86,9 @@ KNOCK_FUNC void Graph::end_capture() { state_.get_deleter().table->end_capture(s
 
 KNOCK_FUNC void Graph::replay() {
   check(defined(), "graph", "nothing was captured: use Graph::capture");
+  notes_.before_replay();
   state_.get_deleter().table->replay(state_.get());
+  notes_.after_replay();
 }
 
 }  // namespace knock

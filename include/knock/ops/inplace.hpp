@@ -6,6 +6,7 @@
 // storage) takes over the result's history. Either way the storage's version grows, so that a value saved before the
 // write and needed by backward is an error that names both ops. The result keeps the tensor's shape and dtype.
 
+#include <knock/core/rounded.hpp>
 #include <knock/core/tensor.hpp>
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_INPLACE)
@@ -51,7 +52,7 @@ KNOCK_FUNC bool begin_write(const char* op, const Tensor& self, std::initializer
   return is_float(self.dtype()) && autograd::write_changes_graph(self, sources);
 }
 
-KNOCK_FUNC void end_write(const char* op, const Tensor& self) { self.impl().storage->bump(op); }
+KNOCK_FUNC void end_write(const char* op, const Tensor& self) { note_write(op, self); }
 
 /// self takes over the elements and the history of `result`.
 KNOCK_FUNC void adopt(const char* op, const Tensor& self, const Tensor& result) {

@@ -99,10 +99,10 @@ class MultiStep {
     for (const auto& [where, updates] : calls_) kernel(entry, op_, where)(updates);
     for (const auto& [param, dense, slope] : params_) {
       if (dense.impl().storage == param.impl().storage) {
-        bump_with_rounded(op_, param);
+        note_write_with_rounded(op_, param);
       } else {
         kernel(&Backend::copy, op_, param)(param.array(), dense.array());
-        param.impl().storage->bump(op_);
+        note_write(op_, param);
       }
     }
   }
@@ -182,7 +182,7 @@ KNOCK_FUNC void scale_(const Tensors& x, double factor) {
     }
     if (!arrays.empty()) kernel(&Backend::scale, "scale_", some[0])(factor, arrays);
   }
-  for (const Tensor& tensor : x) tensor.impl().storage->bump("scale_");
+  for (const Tensor& tensor : x) detail::note_write("scale_", tensor);
 }
 
 }  // namespace knock
