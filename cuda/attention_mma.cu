@@ -22,6 +22,7 @@ __device__ void load_tile(__nv_bfloat16* to, const Heads& from, int64_t b, int64
                           int depth) {
   constexpr int pieces = D / 8;
   const auto* const data = static_cast<const __nv_bfloat16*>(from.data);
+#pragma unroll 1  // addresses made ahead would take registers from the sums
   for (int at = static_cast<int>(threadIdx.x); at < count * pieces; at += threads) {
     const int row = at / pieces, piece = at % pieces;
     const bool there = first + row < rows_there && piece * 8 < depth;
@@ -165,7 +166,7 @@ struct DocumentRange {
 extern __shared__ __align__(16) __nv_bfloat16 shared_tiles[];
 
 template <int D, int N>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
     attention_forward_mma(AttentionProblem p, Heads out, float* log_sum_exp, Redo redo) {
   const Work w(p.q_heads, p.queries);
   __nv_bfloat16 *const q = shared_tiles, *const k = q + rows * D, *const v = k + N * D;  // (64, D), (N, D), (N, D)
@@ -237,8 +238,8 @@ __global__ void __launch_bounds__(threads)
 
 /// Weights (16, N) from scores and each row's log-sum-exp, both in units of log 2; then dS, from dP and delta.
 template <int D, int N>
-__global__ void __launch_bounds__(threads) attention_dq_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
-                                                            const float* delta, Heads dq, Redo redo) {
+__global__ void __launch_bounds__(threads, 2) attention_dq_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
+                                                               const float* delta, Heads dq, Redo redo) {
   const Work w(p.q_heads, p.queries);
   __nv_bfloat16 *const q = shared_tiles, *const dy = q + rows * D, *const k = dy + rows * D, *const v = k + N * D;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
@@ -299,8 +300,9 @@ __global__ void __launch_bounds__(threads) attention_dq_mma(AttentionProblem p, 
 
 /// Rows are keys. Each block makes T pieces of the features of dk and dv: all of them, or a part that registers hold.
 template <int D, int N, int T>
-__global__ void __launch_bounds__(threads) attention_dkv_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
-                                                             const float* delta, Heads dk, Heads dv, Redo redo) {
+__global__ void __launch_bounds__(threads, D <= 32 ? 3 : 2)
+    attention_dkv_mma(AttentionProblem p, Heads dout, const float* log_sum_exp, const float* delta, Heads dk, Heads dv,
+                      Redo redo) {
   const Work w(p.kv_heads, p.keys, redo.parts);
   __nv_bfloat16 *const k = shared_tiles, *const v = k + rows * D, *const q = v + rows * D, *const dy = q + N * D;
   float *const sums_of_column = reinterpret_cast<float*>(dy + N * D), *const delta_of_column = sums_of_column + N;

@@ -29,7 +29,7 @@ __device__ void multiply_rows(float (&products)[N / 8][4], const __nv_bfloat16* 
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
     for (int e = 0; e < 4; ++e) products[n][e] = 0;
-#pragma unroll
+#pragma unroll 4  // of more steps, places made ahead would take registers from the sums
   for (int step = 0; step < D / 16; ++step) {
     uint32_t left[4];
     load_left<D>(left, a, row, step);

@@ -52,6 +52,12 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, const Ar
 
 /// The number of this thread in the grid, and of all threads.
 __device__ inline int64_t thread_in_grid() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+/// The same number read anew, for a second loop: kept over the first one it would take registers from that.
+__device__ inline int64_t thread_in_grid_again() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + thread;
+}
 __device__ inline int64_t threads_in_grid() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 }  // namespace knock::cuda

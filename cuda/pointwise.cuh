@@ -41,12 +41,12 @@ struct PointwiseArguments {
   Walk<arrays> walk;
 };
 
-/// `f(in, out, i)` computes element i: C in[Inputs] -> C out[Outputs].
+/// `f(in, out, i)` computes element i: C in[Inputs] -> C out[Outputs]. In 8 bytes an element: with the number of blocks
+/// said, ptxas does not spill to fit one more.
 template <class F, class C, int Inputs, int Outputs>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, sizeof(C) == 8 ? 3 : 0)
     pointwise_kernel(const __grid_constant__ F f, const __grid_constant__ PointwiseArguments<C, Inputs, Outputs> a) {
-  const int64_t first = thread_in_grid(), step = threads_in_grid();
-  for (int64_t i = 4 * first; i < a.packed; i += 4 * step) {
+  for (int64_t i = 4 * thread_in_grid(); i < a.packed; i += 4 * threads_in_grid()) {
     int64_t at[Inputs + Outputs];
     a.walk.offsets(i, at);
     C in[Inputs][4], out[Outputs][4];
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < Outputs; ++k) store_pack(a.data[k], a.dtype[k], at[k], out[k]);
   }
-  for (int64_t i = a.packed + first; i < a.walk.n; i += step) {
+  for (int64_t i = a.packed + thread_in_grid_again(); i < a.walk.n; i += threads_in_grid()) {
     int64_t at[Inputs + Outputs];
     a.walk.offsets(i, at);
     C in[Inputs], out[Outputs];
