@@ -39,4 +39,21 @@ TEST_CASE("devices: each has its own memory") {
   CHECK(memory::stats("cuda:1").bytes_in_use == second + (1 << 12));
 }
 
+TEST_CASE("devices: a graph of the second one, without copies from the first") {
+  if (!two_devices()) return;
+  const Tensor here = ones({4}, {DType::f32, "cuda:0"}), x = full({4}, 3, {DType::f32, "cuda:1"});
+  Tensor y;
+  std::string message;
+  try {
+    Graph::capture("cuda:1", [&] { y = here.to("cuda:1"); });
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  CHECK(message == "[graph] a copy between devices cannot be part of a graph");
+  Graph graph = Graph::capture("cuda:1", [&] { y = x * x; });
+  sum(here).item();  // another device is the thread's
+  graph.replay();
+  CHECK(y.to_vector<float>() == std::vector<float>(4, 9));
+}
+
 }  // namespace

@@ -97,7 +97,6 @@ class Trainer {
   Tensor gradients(const Tensor& tokens);
   Tensor step_numbers(const Tensor& loss_sum) const;
   std::vector<const void*> weights() const;
-  bool has_stale_copies() const;
   void capture_step(const Tensor& tokens);
   Tensor replayed_gradients(const Tensor& tokens);
   StepResult step_result(const Tensor& numbers) const;
@@ -411,14 +410,6 @@ KNOCK_FUNC std::vector<const void*> Trainer::weights() const {
   return places;
 }
 
-/// Whether a weight was changed by other means than the optimizer, which keeps the bf16 copies that products read.
-KNOCK_FUNC bool Trainer::has_stale_copies() const {
-  return std::any_of(parameters_.begin(), parameters_.end(), [](const Tensor& parameter) {
-    const Storage& storage = *parameter.impl().storage;
-    return storage.rounded && storage.rounded_version != storage.version;
-  });
-}
-
 /// Records `gradients`. What the step before has left in the cache becomes the graph's memory.
 KNOCK_FUNC void Trainer::capture_step(const Tensor& tokens) {
   auto step = std::make_unique<CapturedStep>();
@@ -436,10 +427,13 @@ KNOCK_FUNC void Trainer::capture_step(const Tensor& tokens) {
 }
 
 /// The same as `gradients` by the graph, which is captured when a first step has run. A replay writes the gradients
-/// where they were before. A step for which a replay would read old copies of the weights runs without it.
+/// where they were before. Weights that have moved are seen, and captured anew after one step without a graph.
 KNOCK_FUNC Tensor Trainer::replayed_gradients(const Tensor& tokens) {
-  if (captured_ && captured_->weights != weights()) captured_.reset();
-  if (!std::exchange(warmed_up_, true) || has_stale_copies()) return gradients(tokens.to(device_));
+  if (captured_ && captured_->weights != weights()) {
+    captured_.reset();
+    warmed_up_ = false;
+  }
+  if (!std::exchange(warmed_up_, true)) return gradients(tokens.to(device_));
   if (!captured_) capture_step(tokens);
   if (!captured_ || stop_requested) return {};
   captured_->tokens.copy_(tokens);

@@ -99,9 +99,9 @@ TEST_CASE("device code: arrays in local memory, switches, calls") {
   for (int t = 0; t < 32; ++t) {
     int histogram[16] = {};
     for (const int value : squares) ++histogram[(value + t) & 15];
-    int sum = 0;
-    for (const int count : histogram) sum = sum * 31 + count;
-    CHECK(histograms[static_cast<std::size_t>(t)] == sum);
+    unsigned sum = 0;
+    for (const int count : histogram) sum = sum * 31 + static_cast<unsigned>(count);
+    CHECK(histograms[static_cast<std::size_t>(t)] == static_cast<int>(sum));
   }
   const std::vector<float> switched = run_switch(steps);
   const std::vector<float> called = run_calls(steps);

@@ -69,9 +69,9 @@ __global__ void int64_arithmetic(const long long* a, const long long* b, long lo
 __global__ void local_array(const int* x, int* y, int n) {
   int histogram[16] = {};
   for (int k = 0; k < n; k++) histogram[(x[k] + threadIdx.x) & 15]++;
-  int sum = 0;
-  for (int k = 0; k < 16; k++) sum = sum * 31 + histogram[k];
-  y[threadIdx.x] = sum;
+  unsigned sum = 0;
+  for (int k = 0; k < 16; k++) sum = sum * 31 + static_cast<unsigned>(histogram[k]);
+  y[threadIdx.x] = static_cast<int>(sum);
 }
 
 __global__ void eight_cases(const int* x, float* y) {
