@@ -71,8 +71,20 @@ train::Config reduced(const train::Config& full) {
   return out;
 }
 
+/// A device with as many fewer multiprocessors is cuda:1, so that grids, which are bounded by their number, are as
+/// full.
+void set_up_devices(const train::Config& full, const train::Config& small) {
+  constexpr int processors_of_h100 = 132;
+  const double share = bench::tokens_of(small) / bench::tokens_of(full);
+  const int processors = std::max(static_cast<int>(std::lround(processors_of_h100 * share)), 1);
+  setenv("KNOCK_CUDA_SIM_EAGER", "1", 1);
+  setenv("KNOCK_CUDA_SIM_DEVICES", "2", 1);
+  setenv("KNOCK_CUDA_SIM_PROCESSORS", text(processors_of_h100, ",", processors).c_str(), 1);
+}
+
 /// Two micro-batches, of which the second adds to gradients, and the update, after a step that makes what lasts.
-Rows record(bench::ledger::Recorder& recorder, const train::Config& config) {
+Rows record(bench::ledger::Recorder& recorder, const train::Config& config, const char* device) {
+  setenv("KNOCK_DEVICE", device, 1);
   recorder.begin("");
   bench::TrainingStep step(config);
   step();
@@ -196,17 +208,15 @@ void print(const bench::Options& options, const bench::StepArguments& arguments,
 }  // namespace
 
 int main(int argc, char** argv) {
-  for (const char* setting : {"KNOCK_CUDA_SIM_EAGER=1", "KNOCK_DEVICE=cuda:0"}) {
-    const std::string text = setting;
-    setenv(text.substr(0, text.find('=')).c_str(), text.substr(text.find('=') + 1).c_str(), 1);
-  }
   return bench::run(argc, argv, {"config", "micro-batches", "rows", "model."}, [](const bench::Options& options) {
     const bench::StepArguments arguments = bench::parse_step(options, "moe-2b3-a0b44", "bf16");
     const int micro_batches = options.number("micro-batches", 1);
+    const train::Config small = reduced(arguments.trainer);
+    set_up_devices(arguments.trainer, small);
     bench::ledger::Recorder recorder;
-    const bench::ledger::Factors factors(record(recorder, reduced(arguments.trainer)));
+    const bench::ledger::Factors factors(record(recorder, small, "cuda:1"));
     cuda_sim::set_executing(false);
-    Rows rows = record(recorder, arguments.trainer);
+    Rows rows = record(recorder, arguments.trainer, "cuda:0");
     const std::vector<std::string> unknown = factors.apply(rows);
     print(options, arguments, summed(rows, micro_batches), micro_batches, unknown);
   });

@@ -5,8 +5,9 @@
 // Launches are those of the back-end's own host code, whatever the size of the model: cuda_sim counts them and executes
 // nothing. Bytes and operations of a kernel are measured where the simulator executes a small program of the same
 // proportions, and scaled by what the calls of the kernel's table entry read, write and compute, which their arrays say
-// (core/trace.hpp):  bytes(kernel) = bytes(calls) * [bytes(kernel) / bytes(calls)] of the small program.  Products of
-// cublasLt and copies need no measurement.
+// (core/trace.hpp). A kernel's bytes are  factor * asked bytes + a rest for each call,  both from its calls in the
+// small program; where those are of one size, and for operations, there is no rest. Products of cublasLt and copies
+// need no measurement.
 //
 // Bytes are sectors of 32 bytes that a launch touches, each once: what must come from memory or go there when the
 // caches serve every repetition within a launch and nothing between two.
@@ -37,6 +38,10 @@ struct Row {
   double tensor_flop = 0, f32_flop = 0;    ///< on the tensor cores; by multiply-adds
   double asked_bytes = 0, asked_flop = 0;  ///< of the calls, each once; the products as the kernel pads them
   bool exact = false;                      ///< known without execution
+  struct CallBytes {
+    double asked = 0, moved = 0;
+  };
+  std::vector<CallBytes> calls;  ///< asked for, and moved by this kernel
   int64_t last_call = -1;
 };
 using Rows = std::vector<Row>;
@@ -183,7 +188,6 @@ class Recorder {
     Row& row = rows_[{phase_, std::string(call_.entry), name}];
     row.phase = phase_, row.entry = call_.entry, row.kernel = name;
     row.launches += static_cast<int64_t>(did.launches);
-    row.bytes += static_cast<double>(did.touched_bytes_read + did.touched_bytes_written);
     row.exact = name.starts_with("cublasLt") || name.starts_with("copy ") || name == "fill" || name == "graph launch";
     const double multiply_adds = 2 * static_cast<double>(did.fma_lanes);
     if (name.starts_with("cublasLt bf16")) {
@@ -193,10 +197,15 @@ class Recorder {
       row.f32_flop += multiply_adds;
       row.tensor_flop += flop_of_mma * static_cast<double>(did.mma);
     }
-    if (row.last_call == call_.number) return;
-    row.last_call = call_.number;
-    row.asked_bytes += call_.bytes;
-    row.asked_flop += call_.flop_of(name);
+    if (row.last_call != call_.number) {
+      row.last_call = call_.number;
+      row.calls.push_back({call_.bytes, 0});
+      row.asked_bytes += call_.bytes;
+      row.asked_flop += call_.flop_of(name);
+    }
+    const auto bytes = static_cast<double>(did.touched_bytes_read + did.touched_bytes_written);
+    row.bytes += bytes;
+    row.calls.back().moved += bytes;
   }
 
   const knock::DeviceKindTable* before_ = nullptr;
@@ -230,6 +239,7 @@ class Factors {
         Row& sum = sums_[{row.entry, kernel}];
         sum.bytes += row.bytes, sum.tensor_flop += row.tensor_flop, sum.f32_flop += row.f32_flop;
         sum.asked_bytes += row.asked_bytes, sum.asked_flop += row.asked_flop;
+        sum.calls.insert(sum.calls.end(), row.calls.begin(), row.calls.end());
       }
     }
   }
@@ -249,8 +259,9 @@ class Factors {
         continue;
       }
       const Row& sum = found->second;
-      const double by_bytes = ratio(row.asked_bytes, sum.asked_bytes), by_flop = ratio(row.asked_flop, sum.asked_flop);
-      row.bytes = sum.bytes * by_bytes;
+      const double bytes = bytes_of(row, sum), by_bytes = ratio(bytes, sum.bytes);
+      const double by_flop = ratio(row.asked_flop, sum.asked_flop);
+      row.bytes = bytes;
       row.tensor_flop = sum.tensor_flop * by_flop;
       row.f32_flop = sum.f32_flop * (sum.asked_flop > 0 ? by_flop : by_bytes);
     }
@@ -259,6 +270,21 @@ class Factors {
 
  private:
   static double ratio(double a, double b) { return b == 0 ? 0 : a / b; }
+
+  /// What `row` moves, by the line of least squares through the executed calls where their sizes tell one.
+  static double bytes_of(const Row& row, const Row& executed) {
+    double least = executed.calls.front().asked, most = least, xx = 0, xy = 0;
+    const auto n = static_cast<double>(executed.calls.size());
+    const double x = executed.asked_bytes / n, y = executed.bytes / n;
+    for (const auto& [asked, moved] : executed.calls) {
+      least = std::min(least, asked), most = std::max(most, asked);
+      xx += (asked - x) * (asked - x), xy += (asked - x) * (moved - y);
+    }
+    const double factor = ratio(xy, xx), rest = y - factor * x;
+    if (most < 2 * least || factor <= 0 || rest < 0)
+      return executed.bytes * ratio(row.asked_bytes, executed.asked_bytes);
+    return factor * row.asked_bytes + rest * static_cast<double>(row.calls.size());
+  }
 
   std::map<std::pair<std::string, std::string>, Row> sums_;
 };

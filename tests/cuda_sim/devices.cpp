@@ -7,6 +7,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 namespace cuda_sim {
 namespace {
@@ -18,6 +19,18 @@ constexpr int processors = 108, threads_per_processor = 2048, registers = 65536,
 constexpr int runtime_version = CUDART_VERSION;
 
 bool is_device_number(int device) { return device >= 0 && device < device_count(); }
+
+// KNOCK_CUDA_SIM_PROCESSORS: numbers of the devices, the last one also of those that follow.
+int processors_of(int device) {
+  const char* text = std::getenv("KNOCK_CUDA_SIM_PROCESSORS");
+  if (text == nullptr) return processors;
+  const char* comma = std::strchr(text, ',');
+  for (; device > 0 && comma != nullptr; --device) {
+    text = comma + 1;
+    comma = std::strchr(text, ',');
+  }
+  return std::max(std::atoi(text), 1);
+}
 
 cudaDeviceProp properties_of(int device) {
   cudaDeviceProp of{};
@@ -40,7 +53,7 @@ cudaDeviceProp properties_of(int device) {
   of.maxGridSize[1] = of.maxGridSize[2] = 65535;
   of.maxThreadsPerMultiProcessor = threads_per_processor;
   of.maxBlocksPerMultiProcessor = blocks_per_processor;
-  of.multiProcessorCount = processors;
+  of.multiProcessorCount = processors_of(device);
   of.memoryBusWidth = 5120;
   of.l2CacheSize = 40 << 20;
   of.persistingL2CacheMaxSize = 30 << 20;

@@ -3,6 +3,7 @@
 //
 // The environment, each read when it matters:
 //   KNOCK_CUDA_SIM_DEVICES=n    that many devices (1); 0 is a machine without one
+//   KNOCK_CUDA_SIM_PROCESSORS=n,m  multiprocessors of the devices (108)
 //   KNOCK_CUDA_SIM_MEMORY=n     MiB of memory of each device (4096)
 //   KNOCK_CUDA_SIM_EAGER=1      streams run at once, not when somebody waits
 //   KNOCK_CUDA_SIM_LEAKS=1      what was never freed or destroyed is reported at exit
