@@ -565,6 +565,9 @@ op("linear", lambda x, a: F.linear(*x), case(R(3, 4), R(5, 4), R(5)), case(R(3, 
    case(R(4), R(5, 4), R(5)), case(R(2, 3, 4), R(5, 4), R(5)), case(R(2, 2, 3, 4), R(5, 4), None),
    case(R(0, 4), R(5, 4), R(5)), case(R(3, 0), R(5, 0), R(5)), case(R(1, 1), R(1, 1), R(1)),
    case(R(17, 33), R(9, 33), R(9)))
+op("linear_many", lambda x, a: [F.linear(x[0], w) for w in x[1:]], case(R(3, 4), R(5, 4), R(2, 4)),
+   case(R(2, 3, 4), R(5, 4), R(4, 4), R(1, 4)), case(R(4), R(5, 4)), case(R(0, 4), R(5, 4), R(2, 4)),
+   case(R(1, 1), R(1, 1), R(1, 1)), case(R(17, 33), R(9, 33), R(16, 33)))
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
 op("linear_activation", lambda x, a: ACTIVATIONS[a["activation"]](F.linear(*x)),
    *(case(*x, activation=name) for name in ACTIVATIONS for x in ((R(3, 4), R(5, 4), R(5)), (R(2, 3, 4), R(8, 4), None))),
@@ -856,6 +859,23 @@ op("norm_rope", lambda x, a: rope([rms_norm([x[0], x[2]], a), x[1]], a), case(R(
    case(R(2, 4, 6), X([[0, 1, 2, 3], [9, 2, 40, 4]]), R(6), interleaved=True), case(R(1, 2), X([5]), R(2)),
    case(R(2, 0, 4), X([], (0,)), R(4)), case(R(3, 2, 34), X([1000, 4095]), R(34)),
    case(R(2, 3, 4, 32), X([0, 1, 2, 3]), R(32)), case(R(1, 2, 19, 64), X(list(range(19))), R(64)))
+
+
+def knock_norm_rope(x, a):
+    """x (B, T, H, D), knock (D, D), positions, weight -> (B, H, T, D)"""
+    y = (x[0] @ x[1].T).transpose(1, 2)
+    if a.get("norm", 1):
+        y = rms_norm([y, x[3] if len(x) > 3 else None], a)
+    return y if x[2] is None else rope([y, x[2]], a)
+
+
+op("knock_norm_rope", knock_norm_rope, case(R(2, 5, 3, 8), R(8, 8), X([0, 1, 2, 3, 4]), R(8)),
+   case(R(2, 5, 3, 8), R(8, 8), X([0, 1, 2, 3, 4]), R(8), interleaved=True, theta=100.0, eps=1e-3),
+   case(R(2, 3, 2, 6), R(6, 6), X([[0, 1, 2], [9, 2, 40]])), case(R(2, 3, 2, 6), R(6, 6), None, R(6)),
+   case(R(2, 3, 2, 6), R(6, 6), X([4, 0, 1]), norm=0), case(R(1, 0, 2, 4), R(4, 4), X([], (0,)), R(4)),
+   case(R(1, 9, 2, 32), R(32, 32), X(list(range(9))), R(32)),
+   case(R(2, 19, 2, 32), R(32, 32), X(list(range(19))), R(32), interleaved=True),
+   case(R(1, 3, 2, 32), R(32, 32), X([[7, 0, 90]]), norm=0), case(R(1, 3, 2, 32), R(32, 32), None, R(32)))
 
 
 def attention(x, a):

@@ -64,6 +64,10 @@ RopeOptions rope_options(const Args& a) {
   return {.theta = a.number("theta", 1e4), .interleaved = a.flag("interleaved")};
 }
 
+KnockNormRopeOptions knock_options(const Args& a) {
+  return {.norm = a.integer("norm", 1) != 0, .eps = a.number("eps", 1e-6), .rope = rope_options(a)};
+}
+
 RouteOptions route_options(const Args& a) {
   return {.top_k = a.integer("k"),
           .scores = a.flag("softmax") ? Router::softmax : Router::sigmoid,
@@ -222,6 +226,8 @@ const std::vector<Family>& families() {
        .large = LARGE(f64({300}), f64({257}))},
       {.op = "linear", .call = OP(linear(x[0], x[1], x.size() > 2 ? x[2] : Tensor())), .roundings = 2,
        .large = LARGE(f64({3, 50, 170}), f64({130, 170}), f64({130}))},
+      {.op = "linear_many", .call = LIST(linear_many(x[0], {x.begin() + 1, x.end()})), .roundings = 3,
+       .large = LARGE(f64({3, 50, 170}), f64({130, 170}), f64({40, 170}))},
       {.op = "linear_activation",
        .call = OP(linear_activation(x[0], x[1], x.size() > 2 ? x[2] : Tensor(), activation(a))), .roundings = 3,
        .twin = OP(composite::linear_activation(x[0], x[1], x.size() > 2 ? x[2] : Tensor(), activation(a))),
@@ -350,6 +356,10 @@ const std::vector<Family>& families() {
       {.op = "norm_rope", .call = OP(norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
        .twin = OP(composite::norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
        .large = LARGE(f64({2, 3, 300, 64}), arange(300), f64({64}))},
+      {.op = "knock_norm_rope",
+       .call = OP(knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))), .roundings = 2,
+       .twin = OP(composite::knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))),
+       .large = LARGE(f64({2, 300, 3, 64}), f64({64, 64}), arange(300), f64({64}))},
       {.op = "dropout", .call = OP(repeatable_dropout(x[0], a)), .large_args = "p=0.3"},
       {.op = "rope",
        .call = OP(rope(x[0], x[1], rope_options(a))),

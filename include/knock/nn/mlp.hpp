@@ -31,7 +31,10 @@ KNOCK_FUNC Mlp::Mlp(int64_t hidden, int64_t ffn)
   register_module("down_proj", down_proj);
 }
 
-KNOCK_FUNC Tensor Mlp::forward(const Tensor& x) { return down_proj(swiglu(gate_proj(x), up_proj(x))); }
+KNOCK_FUNC Tensor Mlp::forward(const Tensor& x) {
+  const Tensors projected = forward_many(x, {&gate_proj, &up_proj});
+  return down_proj(swiglu(projected[0], projected[1]));
+}
 
 }  // namespace knock::nn
 #endif

@@ -48,7 +48,8 @@ namespace composite {
 Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation);
 }  // namespace composite
 
-/// linear(x, weight) for each of several weights. Of few rows, and without gradients, in one pass over all of them.
+/// linear(x, weight) for each of several weights: few rows are multiplied in one pass over all of them, and the
+/// gradient of x is added up within the products.
 Tensors linear_many(const Tensor& x, const Tensors& weights);
 
 /// Sum of products named by letters, as in PyTorch and NumPy: repeated letters in one operand take the diagonal,
@@ -67,6 +68,7 @@ Tensor einsum(std::string_view equation, const Tensors& operands);
 
 #include <algorithm>
 #include <array>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -315,27 +317,50 @@ KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const
 
 }  // namespace composite
 
+namespace detail {
+
+/// sum + a b; an undefined sum counts as zero. What is summed so far is given up.
+KNOCK_FUNC Tensor add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  if (!sum.defined()) return mixed_product(a, b, a.dtype());
+  if (autograd::is_recording()) return sum + mixed_product(a, b, a.dtype());
+  const Tensor rows = as_rows(a);
+  kernel(&Backend::gemm, "linear", a)(1, rows.array(), array_beside(a, b), 1, rows_of(sum), rows_of(sum));
+  return sum;
+}
+
+}  // namespace detail
+
 KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
-  bool recorded = x.requires_grad();
-  for (const Tensor& weight : weights) recorded = recorded || weight.requires_grad();
-  Tensors out;
-  out.reserve(weights.size());
-  if (recorded && autograd::is_recording()) {
-    for (const Tensor& weight : weights) out.push_back(linear(x, weight));
-    return out;
-  }
   std::vector<Array> matrices, results;  // (in, out), (R, out)
+  Tensors y, inputs{x};
+  std::vector<autograd::Saved> saved;
   for (const Tensor& weight : weights) {
     detail::check_linear(x, weight);
     Shape shape = detail::leading(x.shape(), 1);
     shape.push_back(weight.size(0));
-    out.push_back(empty(shape, {x.dtype(), x.device()}));
+    y.push_back(empty(shape, {x.dtype(), x.device()}));
     matrices.push_back(detail::weight_columns(x, weight));
-    results.push_back(detail::rows_of(out.back()));
+    results.push_back(detail::rows_of(y.back()));
+    inputs.push_back(weight);
+    saved.emplace_back(weight);
   }
-  const Tensor dense = x.rank() == 2 ? x : x.contiguous();
+  const Tensor dense = x.rank() == 2 ? x : x.detach().contiguous();
   kernel(&Backend::gemm_many, "linear", x)(detail::rows_of(dense), matrices, results);
-  return out;
+  autograd::record("linear", std::span<const Tensor>(y), std::span<const Tensor>(inputs),
+                   [sx = autograd::Saved(x), saved](const autograd::Upstream& up) -> Tensors {
+                     Tensors gradients(1 + saved.size());
+                     for (std::size_t i = 0; i < saved.size(); ++i) {
+                       const auto output = static_cast<int64_t>(i);
+                       if (!up.has(output)) continue;
+                       const Tensor dy = up.dy(output), w = saved[i].get(up);  // (..., out), (out, in)
+                       if (up.needs(0)) gradients[0] = detail::add_product(gradients[0], dy, w);
+                       if (up.needs(1 + output))
+                         gradients[1 + i] =
+                             detail::mixed_product(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)), w.dtype());
+                     }
+                     return gradients;
+                   });
+  return y;
 }
 
 // einsum
