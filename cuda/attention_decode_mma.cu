@@ -126,7 +126,7 @@ struct RunningRows {
       if (sight.row[half] >= d.rows()) continue;
       const int64_t row = w.row(d, sight.row[half]);
       float *const to = out.sums_of(d, row, w.part), *const scores = out.scores_of(d, row, w.part);
-      if (pair == 0) scores[0] = largest[half], scores[1] = total[half];
+      if (pair == 0) *reinterpret_cast<float2*>(scores) = {largest[half], total[half]};
 #pragma unroll
       for (int t = 0; t < D / 8; ++t)
         if (t * 8 < d.p.v_depth)
@@ -144,7 +144,7 @@ struct RunningRows {
       for (int t = 0; t < D / 8; ++t)
         *reinterpret_cast<float2*>(row + t * 8 + pair) = {sums[t][2 * half], sums[t][2 * half + 1]};
       float* const scores = shared + 16 * pitch + (group + 8 * half) * 2;
-      if (pair == 0) scores[0] = largest[half], scores[1] = total[half];
+      if (pair == 0) *reinterpret_cast<float2*>(scores) = {largest[half], total[half]};
     }
   }
 };

@@ -62,7 +62,6 @@
 #include <knock/nn/attention/mla.hpp>
 #include <knock/nn/attention/moa.hpp>
 #include <knock/nn/attention/options.hpp>
-#include <knock/nn/attention/paged_cache.hpp>
 #include <knock/nn/attention/talking_heads.hpp>
 #include <knock/nn/dropout.hpp>
 #include <knock/nn/embedding.hpp>
@@ -74,6 +73,7 @@
 #include <knock/nn/moe/moe.hpp>
 #include <knock/nn/moe/router.hpp>
 #include <knock/nn/norm.hpp>
+#include <knock/nn/paged_cache.hpp>
 #include <knock/nn/sequential.hpp>
 
 #include <knock/optim/adamw.hpp>

@@ -6,12 +6,14 @@
 #include <knock/ops/attention.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/inplace.hpp>
+#include <knock/ops/knock_norm_rope.hpp>
 #include <knock/ops/loss.hpp>
 #include <knock/ops/mlp.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/norm.hpp>
 #include <knock/ops/norm_rope.hpp>
 #include <knock/ops/optim.hpp>
+#include <knock/ops/paged_attention.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
 #include <knock/ops/view.hpp>
@@ -85,6 +87,42 @@ TEST_CASE("limits: attention on the tensor cores") {
                 {.kernel = "attention_dq_mma", .instructions = 10.5, .mma = 1, .ideal_mma = 3 * product},
                 {.kernel = "attention_dkv_mma", .instructions = 10.5, .mma = 1, .ideal_mma = 4 * product}},
                [&] { scaled_dot_product_attention(q, k, v).backward(up); });
+}
+
+TEST_CASE("limits: decoding reads keys and values once") {
+  constexpr int64_t kv_heads = 2, group = 4, keys = 1024, depth = 64;
+  const auto run = [&](DType dtype, int64_t q_heads, const Limits& part) {
+    const Tensor q = on_device({1, q_heads, 1, depth}, dtype);
+    const auto cached = [&] { return on_device({1, kv_heads, keys + 64, depth}, dtype).narrow(2, 0, keys); };
+    const Tensor k = cached(), v = cached();
+    check_limits({part, {.kernel = "attention_decode_join", .lanes = 0.45}},
+                 [&] { scaled_dot_product_attention(q, k, v, {.causal = Causal::bottom_right}); });
+    check_limits({part, {.kernel = "attention_decode_join", .lanes = 0.45}}, [&] {
+      const Tensor pages = arange(keys / 16).reshape({1, -1}).to("cuda:0"),
+                   count = full({1}, keys, {DType::i64, "cuda:0"});
+      const auto paged = [&](const Tensor& x) {  // (P, Hkv, page, D)
+        return x.reshape({kv_heads, -1, 16, depth}).transpose(0, 1);
+      };
+      paged_attention(q, paged(k), paged(v), pages, count);
+    });
+  };
+  const double product = kv_heads * keys * depth / (8.0 * 16);  // mma of 16 rows with all keys
+  run(DType::bf16, kv_heads * group,
+      {.kernel = "attention_decode_mma_part", .shared = 1.01, .instructions = 60, .mma = 1, .ideal_mma = 2 * product});
+  run(DType::f32, kv_heads * group, {.kernel = "attention_decode_part"});
+  run(DType::f32, kv_heads, {.kernel = "attention_decode_part"});
+}
+
+TEST_CASE("limits: a knock with norm and rotation on the tensor cores") {
+  constexpr int64_t tokens = 512, heads = 4, depth = 64;
+  const Tensor x = on_device({1, tokens, heads, depth}, DType::bf16).requires_grad_(),
+               knock = (on_device({depth, depth}) * 0.1).to(DType::bf16).detach().requires_grad_(),
+               weight = on_device({depth}, DType::bf16).requires_grad_(), at = arange(tokens).to("cuda:0"),
+               up = on_device({1, heads, tokens, depth}, DType::bf16);
+  const double product = static_cast<double>(tokens * heads * depth * depth) / (16.0 * 8 * 16);
+  check_limits({{.kernel = "knock_norm_rope_mma", .instructions = 34, .mma = 1, .ideal_mma = product},
+                {.kernel = "knock_norm_rope_backward_mma", .instructions = 31, .mma = 1, .ideal_mma = 2 * product}},
+               [&] { knock_norm_rope(x, knock, at, weight).backward(up); });
 }
 
 TEST_CASE("limits: experts on the tensor cores") {

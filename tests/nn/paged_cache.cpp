@@ -1,4 +1,4 @@
-#include <knock/nn/attention/paged_cache.hpp>
+#include <knock/nn/paged_cache.hpp>
 
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/nn/attention/attention.hpp>

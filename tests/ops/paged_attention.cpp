@@ -1,5 +1,6 @@
 #include <knock/ops/paged_attention.hpp>
 
+#include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 
@@ -7,6 +8,7 @@
 
 #include <support/compare.hpp>
 
+#include <algorithm>
 #include <limits>
 
 using namespace knock;

@@ -73,6 +73,8 @@ class Attention : public Module {
   static Tensor positions_of(const Tensor& x, const AttentionInputs& inputs);
   /// RoPE on the leading features of x (B, H, T, D), all of them unless the options say less, behind `norm` if any.
   Tensor rotate(const Tensor& x, const Tensor& positions, RMSNorm* norm = nullptr) const;
+  /// The same of x (B, T, H, D) behind `knock` if any -> (B, H, T, D).
+  Tensor knock_and_rotate(const Tensor& x, const Tensor& positions, KnockLayer* knock, RMSNorm* norm = nullptr) const;
   /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them; without tokens that the window
   /// hides from all of these, perhaps.
   Seen with_past(const Tensors& parts, const AttentionInputs& inputs) const;
@@ -111,6 +113,7 @@ Tensor split_heads(const Tensor& x, int64_t dim);
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_ATTENTION)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/binary.hpp>
+#include <knock/ops/knock_norm_rope.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/norm_rope.hpp>
 #include <knock/ops/softmax.hpp>
@@ -200,6 +203,16 @@ KNOCK_FUNC Tensor Attention::rotate(const Tensor& x, const Tensor& positions, RM
   if (!options_.rope) return y;
   if (rest == 0) return rope(y, positions, angles);
   return cat({rope(y.narrow(3, 0, dim), positions, angles), y.narrow(3, dim, rest)}, 3);
+}
+
+KNOCK_FUNC Tensor Attention::knock_and_rotate(const Tensor& x, const Tensor& positions, KnockLayer* knock,
+                                              RMSNorm* norm) const {
+  const bool whole = options_.rope_dim == x.size(3), rope = options_.rope;
+  if (!knock || knock->kind() != Knock::linear || !(rope ? whole : norm != nullptr))
+    return rotate((knock ? knock->forward(x) : x).transpose(1, 2), positions, norm);
+  return knock_norm_rope(
+      x, beside(x, knock->linear_weight()), rope ? positions : Tensor(), norm ? beside(x, norm->weight) : Tensor(),
+      {.norm = norm != nullptr, .eps = norm ? norm->eps() : 1e-6, .rope = {.theta = options_.rope_theta}});
 }
 
 KNOCK_FUNC Tensor Attention::documents_of(const AttentionInputs& inputs, int64_t batch, int64_t tokens) {

@@ -63,15 +63,13 @@ KNOCK_FUNC Tensor GroupedAttention::forward(const Tensor& x, const AttentionInpu
   const Tensor positions = positions_of(x, inputs);
   const int64_t dim = options_.head_dim;
   const Tensors projected = forward_many(x, {&q_proj, &k_proj, &v_proj});
-  Tensor q = split_heads(projected[0], dim);  // (B, T, Hq, D)
-  Tensor k = split_heads(projected[1], dim);  // (B, T, Hkv, D)
   Tensor v = split_heads(projected[2], dim);  // (B, T, Hkv, D)
-  if (knock_q) q = knock_q->forward(q);
-  if (knock_k) k = knock_k->forward(k);
   if (knock_v) v = knock_v->forward(v);
   if (v_gate_proj) v = v * sigmoid(split_heads(v_gate_proj->forward(x), dim));
-  q = rotate(q.transpose(1, 2), positions, q_norm.get());  // (B, Hq, T, D)
-  k = rotate(k.transpose(1, 2), positions, k_norm.get());  // (B, Hkv, T, D)
+  const auto made = [&](const Tensor& heads, KnockLayer* knock, RMSNorm* norm) {  // (B, H, T, D)
+    return knock_and_rotate(split_heads(heads, dim), positions, knock, norm);
+  };
+  const Tensor q = made(projected[0], knock_q.get(), q_norm.get()), k = made(projected[1], knock_k.get(), k_norm.get());
   const Seen seen = with_past({k, v.transpose(1, 2)}, inputs);
   return o_proj(attend(q, seen.parts[0], seen.parts[1], mask(seen.documents)));
 }

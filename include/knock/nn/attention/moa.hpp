@@ -89,14 +89,13 @@ KNOCK_FUNC Tensor MoaAttention::forward(const Tensor& x, const AttentionInputs& 
   const Tensor weights = gather(probabilities_, 1, indices).to(dtype);
   load_ = expert_load(indices, options_.experts);
 
-  Tensor q = expert_linear(tokens, indices, q_proj.to(dtype)).reshape({batch, count, chosen, dim});
-  Tensor k = split_heads(k_proj(x), dim), v = split_heads(v_proj(x), dim);  // (B, T, 1, D)
-  if (knock_q) q = knock_q->forward(q);
-  if (knock_k) k = knock_k->forward(k);
+  const Tensor q = expert_linear(tokens, indices, q_proj.to(dtype)).reshape({batch, count, chosen, dim});
+  Tensor v = split_heads(v_proj(x), dim);  // (B, T, 1, D)
   if (knock_v) v = knock_v->forward(v);
   if (v_gate_proj) v = v * sigmoid(split_heads(v_gate_proj->forward(x), dim));
-  const Tensor rotated = rotate(q.transpose(1, 2), positions);  // (B, k, T, D)
-  const Seen seen = with_past({rotate(k.transpose(1, 2), positions), v.transpose(1, 2)}, inputs);
+  const Tensor rotated = knock_and_rotate(q, positions, knock_q.get());                      // (B, k, T, D)
+  const Tensor k = knock_and_rotate(split_heads(k_proj(x), dim), positions, knock_k.get());  // (B, 1, T, D)
+  const Seen seen = with_past({k, v.transpose(1, 2)}, inputs);
   const Tensor mixed = attend(rotated, seen.parts[0], seen.parts[1], mask(seen.documents));  // (B, T, k D)
   const Tensor out = expert_linear(mixed.reshape({batch * count, chosen, dim}), indices, o_proj.to(dtype));
   return sum(out * weights.unsqueeze(2), {1}).reshape(x.shape());  // (N, k, C) -> (B, T, C)

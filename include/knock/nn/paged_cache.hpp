@@ -69,7 +69,7 @@ class PagedKvCache {
 
 }  // namespace knock::nn
 
-#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_PAGED_CACHE)
+#if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_PAGED_CACHE)
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/view.hpp>
 
