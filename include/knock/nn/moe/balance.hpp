@@ -54,16 +54,11 @@ KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptio
   const NoGradGuard no_grad;
   const Tensor wide = load.to(DType::f64), e = mean(wide) - wide;  // (E)
   Tensor move;
-  switch (options.rule) {
-    case BiasRule::centred_sign:
-      move = sign(e) - mean(sign(e));
-      break;
-    case BiasRule::sign:
-      move = sign(e);
-      break;
-    case BiasRule::rms:
-      move = e / sqrt(clamp_min(mean(square(e)), 1e-300));  // 0 where all loads are equal
-      break;
+  if (options.rule == BiasRule::rms) {
+    move = e / sqrt(clamp_min(mean(square(e)), 1e-300));  // 0 where all loads are equal
+  } else {
+    move = sign(e);
+    if (options.rule == BiasRule::centred_sign) move = move - mean(move);
   }
   return (bias.to(DType::f64) + options.speed * move).to(bias.dtype());
 }

@@ -55,7 +55,8 @@ class MoE : public Layer {
 
   MoEOptions options_;
   Routing routing_;
-  Tensor kept_;  // (N, k): the routing's indices, -1 beyond the capacity
+  Tensor kept_;          // (N, k): the routing's indices, -1 beyond the capacity
+  mutable Tensor load_;  // (E) i64: that of the last forward, once it was asked for
   MoEHealth health_;
 };
 
@@ -87,6 +88,7 @@ KNOCK_FUNC Tensor MoE::forward(const Tensor& x) {
   check(x.rank() >= 1 && x.size(-1) == options_.hidden, "MoE", "expected x (..., ", options_.hidden, "), got ", x);
   const Tensor tokens = x.reshape({-1, options_.hidden});  // (N, C)
   routing_ = gate.forward(tokens);
+  load_ = Tensor();
   kept_ = within_capacity(routing_.indices);
   if (is_training() && !autograd::is_recomputing() && kept_.numel() > 0) count();
   Tensor out = moe_experts(tokens, kept_, routing_.weights.to(x.dtype()), beside(x, gate_proj), beside(x, up_proj),
@@ -101,7 +103,8 @@ KNOCK_FUNC Tensor MoE::within_capacity(const Tensor& indices) const {
 }
 
 KNOCK_FUNC Tensor MoE::load() const {
-  return routing_.indices.defined() ? expert_load(routing_.indices, options_.experts) : Tensor();
+  if (routing_.indices.defined() && !load_.defined()) load_ = expert_load(routing_.indices, options_.experts);
+  return load_;
 }
 
 KNOCK_FUNC Tensor MoE::dropped() const { return kept_.defined() ? sum((kept_ < 0).to(DType::i64)) : Tensor(); }
@@ -111,7 +114,7 @@ KNOCK_FUNC void MoE::count() {
   for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max})
     *counter = counter->to(routing_.logits.device());
   health_.load.add_(load());
-  health_.dropped.add_(dropped());
+  if (options_.capacity_factor > 0) health_.dropped.add_(dropped());
   health_.logit_max.copy_(maximum(health_.logit_max, amax(abs(routing_.logits)).to(DType::f32)));
 }
 
