@@ -12,8 +12,8 @@
 #include <knock/core/parallel.hpp>
 #include <knock/core/philox.hpp>
 #include <knock/core/print.hpp>
-#include <knock/core/shape.hpp>
 #include <knock/core/rounded.hpp>
+#include <knock/core/shape.hpp>
 #include <knock/core/state_dict.hpp>
 #include <knock/core/storage.hpp>
 #include <knock/core/tensor.hpp>

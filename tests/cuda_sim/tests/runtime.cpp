@@ -1,11 +1,11 @@
 // The simulated runtime: copies, streams, events, graphs, memory, errors, devices. Each case leaves nothing behind.
 
+#include "runtime.hpp"
 #include "child.hpp"
 #include "counters.hpp"
 #include "device_vector.cuh"
 #include "memory.hpp"
 #include "report.hpp"
-#include "runtime.hpp"
 #include "runtime_kernels.hpp"
 
 #include <doctest/doctest.h>
