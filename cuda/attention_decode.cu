@@ -89,8 +89,9 @@ struct RunningRows {
 };
 
 template <class Cut>
-__global__ void __launch_bounds__(threads) attention_decode_part(const __grid_constant__ DecodeProblem d, bool packed,
-                                                                 DecodeParts<compute_t<typename Cut::Element>> out) {
+__global__ void __launch_bounds__(threads, 2)
+    attention_decode_part(const __grid_constant__ DecodeProblem d, bool packed,
+                          DecodeParts<compute_t<typename Cut::Element>> out) {
   using T = typename Cut::Element;
   using C = compute_t<T>;
   constexpr int R = Cut::rows, U = Cut::steps, own = Cut::own;
@@ -201,10 +202,12 @@ __device__ C add_seen(const DecodeProblem& d, int64_t b, int64_t head, int i, in
   const C unit = static_cast<C>(1.4426950408889634), scale = static_cast<C>(d.p.scores.scale) * unit;
   C sum = 0;
   total = 0;
+#pragma unroll 1
   for (int key = d.first_key(keys, i); key < d.end_key(keys, i); ++key) {
     C added = 0, score = 0;
     int64_t major, minor;
     if (!d.find(b, key, major, minor) || (d.has_mask() && !d.p.sees(b, head, i, key, added))) continue;
+#pragma unroll 1
     for (int e = 0; e < d.p.depth; ++e)
       score += load_wide<C>(d.p.q.data, d.p.q.dtype, query + e * d.p.q.col_stride) *
                load_wide<C>(d.p.k.data, d.p.k.dtype, d.p.k.row(major, kv_head, minor) + e * d.p.k.col_stride);
@@ -218,7 +221,7 @@ __device__ C add_seen(const DecodeProblem& d, int64_t b, int64_t head, int i, in
 
 /// A block for each row (b, h, i): its parts, in order.
 template <class C>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     attention_decode_join(const __grid_constant__ DecodeProblem d, DecodeParts<C> parts, Heads out, C* log_sum_exp) {
   constexpr C lowest = -static_cast<C>(INFINITY);
   const int64_t rows = d.p.batch * d.p.q_heads * d.p.queries;
@@ -275,7 +278,7 @@ void dispatch_cut(const AttentionProblem& p, Body&& body) {
       if (one) return body(DecodeCut<T, D, 1, 4>{});
       return body(DecodeCut<T, D, 8, 2>{});
     } else if constexpr (std::is_same_v<T, double>) {
-      return body(DecodeCut<T, D, 4, 1>{});
+      return body(DecodeCut < T, D, D <= 128 ? 4 : 2, 1 > {});
     } else {
       return body(DecodeCut<T, D, 4, 2>{});
     }

@@ -178,7 +178,7 @@ __device__ void store_joined(const DecodeProblem& d, const DecodeWork& w, const 
 extern __shared__ __align__(16) __nv_bfloat16 shared_tiles[];
 
 template <class Cut>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     attention_decode_mma_part(const __grid_constant__ DecodeProblem d, DecodeParts<float> out) {
   constexpr int D = Cut::features, N = Cut::columns, mine = Cut::warp_columns;
   const DecodeWork w(d, Cut::rows);

@@ -252,7 +252,7 @@ __device__ void add_dweight(const float2* lanes, float* out) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, D <= 64 ? 2 : 1)
     knock_norm_rope_backward_mma(const __grid_constant__ KnockRows p, const float* stats, const __nv_bfloat16* dy,
                                  __nv_bfloat16* dproduct, __nv_bfloat16* dx, float* part_dweight) {
   __nv_bfloat16* const knock = shared_rows;  // (D, D)

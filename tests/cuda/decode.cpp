@@ -1,6 +1,7 @@
 // Decoding: few queries over many keys, in one array and in pages, beside the CPU's kernels and the composite.
 
 #include <knock/autograd/grad_mode.hpp>
+#include <knock/nn/paged_cache.hpp>
 #include <knock/ops/attention.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/paged_attention.hpp>
@@ -174,4 +175,24 @@ TEST_CASE("decode: pages and lengths that are out of range are errors at the nex
   CHECK(error({0, 3}, 4) == "");  // is not read
   CHECK(test::contains(error({0, 1}, 9), "[paged_attention] lengths"));
   CHECK(test::contains(error({0, 1}, -1), "[paged_attention] lengths"));
+}
+
+TEST_CASE("decode: a cache in pages on the device gives what it gives on the CPU") {
+  manual_seed(4);
+  const auto run = [](Device device) {
+    manual_seed(4);
+    const NoGradGuard no_grad;
+    nn::PagedKvCache cache({.kv_heads = 2, .head_dim = 16, .pages = 6, .page_size = 8, .device = device});
+    const auto made = [&](int64_t batch, int64_t heads, int64_t tokens) {
+      return randn({batch, heads, tokens, 16}).to(device);
+    };
+    const int64_t gone = cache.add(), a = cache.add(), b = cache.add();
+    cache.append({gone}, made(1, 2, 20), made(1, 2, 20));
+    cache.append({a}, made(1, 2, 9), made(1, 2, 9));
+    cache.remove(gone);
+    cache.append({b}, made(1, 2, 3), made(1, 2, 3));
+    cache.append({a, b}, made(2, 2, 2), made(2, 2, 2));
+    return cache.attend({a, b}, made(2, 4, 2)).to("cpu");
+  };
+  CHECK(distance(run("cuda:0"), run("cpu")) < 1e-5);
 }
