@@ -83,7 +83,7 @@ KNOCK_FUNC void check_step(const char* op, const Tensor& param, const Tensor& gr
 template <class Update>
 class MultiStep {
  public:
-  explicit MultiStep(const char* op) : op_(op) {}
+  MultiStep(const char* op, std::size_t count) : op_(op), count_(count) { params_.reserve(count); }
 
   /// `update` has all but the parameter, its gradient and its rounded copy.
   void add(const Tensor& param, const Tensor& grad, Update update) {
@@ -115,10 +115,13 @@ class MultiStep {
   std::vector<Update>& updates_on(const Tensor& param) {
     for (auto& [where, updates] : calls_)
       if (where.device() == param.device()) return updates;
-    return calls_.emplace_back(param, std::vector<Update>()).second;
+    auto& updates = calls_.emplace_back(param, std::vector<Update>()).second;
+    updates.reserve(count_);
+    return updates;
   }
 
   const char* op_;
+  std::size_t count_;
   std::vector<std::pair<Tensor, std::vector<Update>>> calls_;  // by device, which a tensor stands for
   std::vector<Operands> params_;
 };
@@ -126,7 +129,7 @@ class MultiStep {
 }  // namespace detail
 
 KNOCK_FUNC void adamw_step_(const std::vector<AdamWParam>& params) {
-  detail::MultiStep<AdamWUpdate> all("AdamW");
+  detail::MultiStep<AdamWUpdate> all("AdamW", params.size());
   for (const AdamWParam& p : params) {
     detail::check_step("AdamW", p.param, p.grad, {p.exp_avg, p.exp_avg_sq});
     all.add(p.param, p.grad,
@@ -141,7 +144,7 @@ KNOCK_FUNC void adamw_step_(const std::vector<AdamWParam>& params) {
 }
 
 KNOCK_FUNC void sgd_step_(const std::vector<SgdParam>& params) {
-  detail::MultiStep<SgdUpdate> all("SGD");
+  detail::MultiStep<SgdUpdate> all("SGD", params.size());
   for (const SgdParam& p : params) {
     detail::check_step("SGD", p.param, p.grad, {p.momentum});
     all.add(p.param, p.grad,

@@ -52,6 +52,7 @@ KNOCK_FUNC std::vector<const char*> state_names(const AdamWOptions&) { return {"
 
 KNOCK_FUNC void AdamW::update(const std::vector<Slot*>& slots, double grad_scale) {
   std::vector<AdamWParam> params;
+  params.reserve(slots.size());
   for (const Slot* slot : slots) {
     const AdamWOptions& o = options_[slot->group];
     const auto [beta1, beta2] = o.betas;

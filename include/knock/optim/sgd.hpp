@@ -50,6 +50,7 @@ KNOCK_FUNC std::vector<const char*> state_names(const SGDOptions& options) {
 
 KNOCK_FUNC void SGD::update(const std::vector<Slot*>& slots, double grad_scale) {
   std::vector<SgdParam> params;
+  params.reserve(slots.size());
   for (const Slot* slot : slots) {
     const SGDOptions& o = options_[slot->group];
     params.push_back({slot->param,
