@@ -34,6 +34,7 @@ Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Tensor& posit
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_OPS_KNOCK_NORM_ROPE)
 #include <knock/autograd/twin.hpp>
+#include <knock/core/rounded.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/norm.hpp>
 #include <knock/ops/view.hpp>
@@ -68,8 +69,9 @@ KNOCK_FUNC Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Te
   const Tensor matrix = knock.detach().contiguous();
   if (x.numel() > 0)
     kernel(&Backend::knock_norm_rope, "knock_norm_rope", x)(
-        kernel_options, dense.array(), matrix.array(), detail::array_or_none(detail::norm_parameter(weight, x)),
-        detail::array_or_none(positions), y.array(), detail::array_or_none(stats));
+        kernel_options, dense.array(), detail::array_beside(x, matrix),
+        detail::array_or_none(detail::norm_parameter(weight, x)), detail::array_or_none(positions), y.array(),
+        detail::array_or_none(stats));
   const auto backward = [x = autograd::Saved(x), knock = autograd::Saved(knock), positions = autograd::Saved(positions),
                          weight = autograd::Saved(weight), stats, options,
                          kernel_options](const autograd::Upstream& up) -> Tensors {
@@ -83,9 +85,9 @@ KNOCK_FUNC Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Te
     if (in.numel() == 0) return {dx, up.needs(1) ? zeros_like(k) : Tensor(), up.needs(2) ? zeros_like(w) : Tensor()};
     const Tensor matrix_of = k.contiguous();
     kernel(&Backend::knock_norm_rope_backward, "knock_norm_rope", in)(
-        kernel_options, dense_x.array(), matrix_of.array(), detail::array_or_none(detail::norm_parameter(w, in)),
-        detail::array_or_none(at), detail::array_or_none(stats), dy.array(), dproduct.array(),
-        detail::array_or_none(dx), detail::array_or_none(dw));
+        kernel_options, dense_x.array(), detail::array_beside(in, matrix_of),
+        detail::array_or_none(detail::norm_parameter(w, in)), detail::array_or_none(at), detail::array_or_none(stats),
+        dy.array(), dproduct.array(), detail::array_or_none(dx), detail::array_or_none(dw));
     Tensor dknock;
     if (up.needs(1)) dknock = detail::mixed_product(detail::as_rows(dproduct).t(), detail::as_rows(dense_x), k.dtype());
     return {dx, dknock, detail::in_dtype(dw, w)};
