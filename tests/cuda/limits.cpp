@@ -58,7 +58,9 @@ void check_limits(const std::vector<Limits>& all, Run&& run) {
   for (const Limits& limit : all) {
     CAPTURE(std::string(limit.kernel));
     int found = 0;
-    for (const auto& [name, c] : cuda_sim::kernel_counters()) {
+    for (const auto& entry : cuda_sim::kernel_counters()) {
+      const std::string& name = entry.first;
+      const cuda_sim::Counters& c = entry.second;
       if (name.find(limit.kernel) == std::string::npos) continue;
       ++found;
       CAPTURE(name);

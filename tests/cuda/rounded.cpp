@@ -281,7 +281,9 @@ TEST_CASE("rounded: experts and the loss of logits read it too; a steady step of
   CHECK(products > 20);
   CHECK(rounds_operand({.kernel = "gemm", .shapes = "(2, 3) bf16 (3, 4) f32 (2, 4) bf16"}));
   CHECK_FALSE(rounds_operand({.kernel = "gemm", .shapes = "(2, 3) bf16 (3, 4) bf16 (2, 4) f32"}));
-  for (const auto& [name, p] : model.named_parameters()) {
+  for (const auto& entry : model.named_parameters()) {
+    const std::string& name = entry.first;
+    const Tensor& p = entry.second;
     CAPTURE(name);
     if (name.find("experts") != std::string::npos || name.find("knock") != std::string::npos)
       CHECK(copy_of(p) != nullptr);

@@ -8,7 +8,7 @@ cmake_path(ABSOLUTE_PATH INCLUDE_DIR)
 
 set(floors  # one row each, lowest first: regular expressions on the path without .hpp
   "config|fwd"
-  "core/error" "core/(dtype|device|shape|parallel|math)" "core/graph"
+  "core/error" "core/(dtype|device|shape|parallel|math)"
   "ops/pointwise_functors" "core/(storage|philox|backend|loop_nest)"
   "cpu/.*"
   "core/.*"
