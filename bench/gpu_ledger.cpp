@@ -23,6 +23,9 @@ int main() {
 #else
 #include "ledger.hpp"
 
+#include <fstream>
+#include <sstream>
+
 using namespace knock;
 using bench::ledger::Row;
 using bench::ledger::Rows;
@@ -180,6 +183,21 @@ void print_text(const Summary& all, double model_flop, int most) {
             all.all.by_mma_sync, true);
 }
 
+/// What PyTorch launches and moves for the same step: an estimate (peers/torch_ledger.py).
+void print_peer(const std::string& wanted, const Row& ours) {
+  std::ifstream file(BENCH_FOLDER "/peers/torch_ledger.txt");
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream words(line);
+    std::string config, experts, name;
+    double launches = 0, gigabytes = 0;
+    words >> config >> experts >> name >> launches >> gigabytes;
+    if (config != wanted || name != "(all)") continue;
+    std::printf("PyTorch eager, estimated, experts by %s: %.0f launches (ours: %.2f of that), %.1f GB (%.2f)\n",
+                experts.c_str(), launches, static_cast<double>(ours.launches) / launches, gigabytes,
+                ours.bytes * 1e-9 / gigabytes);
+  }
+}
+
 void print(const bench::Options& options, const bench::StepArguments& arguments, const Summary& all, int micro_batches,
            const std::vector<std::string>& unknown) {
   const double model_flop = 1e9 * bench::gflop_of(arguments.trainer) * micro_batches;
@@ -201,6 +219,7 @@ void print(const bench::Options& options, const bench::StepArguments& arguments,
               arguments.config.c_str(), micro_batches, static_cast<long long>(bench::tokens_of(arguments.trainer)),
               model_flop * 1e-12);
   print_text(all, model_flop, options.number("rows", 40));
+  if (micro_batches == 1) print_peer(arguments.config, all.all.row);
   for (const std::string& kernel : unknown)
     std::printf("not measured, charged what its call asks for: %s\n", kernel.c_str());
 }

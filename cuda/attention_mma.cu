@@ -333,9 +333,9 @@ __global__ void __launch_bounds__(threads, D <= 32 ? 3 : 2)
       wait_copies<0>();
       __syncthreads();
       float s[N / 8][4], dweights[N / 8][4];
-      multiply_rows<D, N>(s, k, warp_row, q);
+      multiply_rows<D, N, 4>(s, k, warp_row, q);
       finish_scores<N>(s, sight, col, scale);
-      multiply_rows<D, N>(dweights, v, warp_row, dy);
+      multiply_rows<D, N, 4>(dweights, v, warp_row, dy);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
         for (int e = 0; e < 4; ++e) {

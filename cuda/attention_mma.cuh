@@ -22,14 +22,15 @@ __device__ void load_left(uint32_t (&a)[4], const __nv_bfloat16* tile, int row, 
   load_matrices(a, tile + place<D>(row + matrix % 2 * 8 + lane % 8, 2 * step + matrix / 2));
 }
 
-/// products (16, N) = a's rows [row, row + 16) times b's rows [0, N), over D features.
-template <int D, int N>
+/// products (16, N) = a's rows [row, row + 16) times b's rows [0, N), over D features, 16 at a time; of more than
+/// `unrolled` times, places made ahead would take registers from a caller's sums.
+template <int D, int N, int unrolled = D / 16>
 __device__ void multiply_rows(float (&products)[N / 8][4], const __nv_bfloat16* a, int row, const __nv_bfloat16* b) {
   const int lane = static_cast<int>(threadIdx.x) % 32, matrix = lane / 8;
 #pragma unroll
   for (int n = 0; n < N / 8; ++n)
     for (int e = 0; e < 4; ++e) products[n][e] = 0;
-#pragma unroll 4  // of more steps, places made ahead would take registers from the sums
+#pragma unroll unrolled
   for (int step = 0; step < D / 16; ++step) {
     uint32_t left[4];
     load_left<D>(left, a, row, step);
