@@ -2,6 +2,8 @@
 
 #include "registration.hpp"
 
+#include "modules.hpp"
+
 #include <cxxabi.h>
 
 #include <cstdlib>
@@ -19,6 +21,7 @@ struct RegisteredVariable {
 };
 
 struct Registry {
+  std::vector<const FatBinary*> binaries;
   std::map<const void*, Kernel> kernels;
   std::map<const void*, RegisteredVariable> variables;
 };
@@ -64,6 +67,8 @@ const Module& module_of(FatBinary& binary) {
   return *binary.module;
 }
 
+}  // namespace
+
 std::string shown_name(const char* mangled) {
   int status = 0;
   char* demangled = abi::__cxa_demangle(mangled, nullptr, nullptr, &status);
@@ -81,7 +86,11 @@ std::string shown_name(const char* mangled) {
   return name;
 }
 
-}  // namespace
+std::vector<std::string_view> registered_ptx() {
+  std::vector<std::string_view> all;
+  for (const auto* binary : registry().binaries) all.push_back(ptx_of(binary->image));
+  return all;
+}
 
 Kernel* kernel_of(const void* host_function) {
   const auto found = registry().kernels.find(host_function);
@@ -124,6 +133,7 @@ void** CUDARTAPI __cudaRegisterFatBinary(void* wrapper) {
   };
   auto* binary = new FatBinary;  // kernels may be launched until the very end of the program
   binary->image = static_cast<const Wrapper*>(wrapper)->image;
+  registry().binaries.push_back(binary);
   return reinterpret_cast<void**>(binary);
 }
 
