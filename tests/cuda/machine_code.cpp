@@ -1,5 +1,6 @@
 // What ptxas makes of the PTX that all other tests execute, for each architecture that the back-end is built for:
-// without a warning or a register spill, and within the limits of machine_code.txt.
+// without a warning or a register spill, and within the limits of machine_code.txt, which are those of CUDA 13.0: other
+// releases share out registers in their own way.
 //
 // KNOCK_WRITE_LIMITS=FILE writes the limits that hold now, for the kernels that machine_code.txt names and all others.
 
@@ -195,12 +196,14 @@ void check_limits(std::size_t a) {
     if (a == 0) write_limits(path);
     return;
   }
+  const bool limited = std::string_view(KNOCK_CUDA_VERSION).starts_with("13.0");
   const std::map<std::string, Limit> limits = read_limits();
   const std::map<std::string, Use> uses = assemble_all(architectures[a]);
   CHECK(uses.size() > 500);
   for (const auto& [kernel, use] : uses) {
     CAPTURE(kernel);
     CHECK(use.spilled_bytes == 0);
+    if (!limited) continue;
     const std::string& name = limit_of(kernel, limits);
     if (name.empty()) {
       FAIL_CHECK("no limit; KNOCK_WRITE_LIMITS=FILE writes them");
@@ -217,4 +220,6 @@ void check_limits(std::size_t a) {
 
 TEST_CASE("machine code: sm_80") { check_limits(0); }
 TEST_CASE("machine code: sm_90") { check_limits(1); }
+#if KNOCK_CUDA_KNOWS_SM_100
 TEST_CASE("machine code: sm_100") { check_limits(2); }
+#endif
