@@ -380,7 +380,8 @@ class KnockProduct {
 }  // namespace
 
 void knock_norm_rope(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-                     const Array& positions, const Array& out_y, const Array& out_stats) {
+                     const Array& positions, const Array& out_product, const Array& out_y, const Array& out_stats) {
+  check(!out_product.defined(), "knock_norm_rope", "the product is not kept on CUDA");
   const bool made = with_mma(x, {&x, &knock, &weight, &out_y}, [&]<int D>(std::integral_constant<int, D>) {
     const KnockRowsOf in(options, x, knock, weight, positions, false);
     launch("knock_norm_rope", knock_norm_rope_mma<D>, grid_of<D>(x), in.rows(), static_cast<float>(options.eps),
@@ -395,8 +396,8 @@ void knock_norm_rope(const NormRope& options, const Array& x, const Array& knock
 }
 
 void knock_norm_rope_backward(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-                              const Array& positions, const Array& stats, const Array& dy, const Array& out_dproduct,
-                              const Array& out_dx, const Array& out_dweight) {
+                              const Array& positions, const Array&, const Array& stats, const Array& dy,
+                              const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) {
   const auto on_tensor_cores = [&]<int D>(std::integral_constant<int, D>) {
     const KnockRowsOf in(options, x, knock, weight, positions, true);
     const int64_t blocks = blocks_of(x);

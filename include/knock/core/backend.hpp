@@ -257,12 +257,13 @@ struct Backend {
                              const Array& out_dweight) = nullptr;
   /// y = rope(rms_norm(x knock^T)), or one of the two behind the product. x, y, dy, dproduct and dx dense (B, T, H, D);
   /// knock dense (D, D), in x's dtype or f32 beside bf16; positions (T), (B, T) or undefined; stats (B, T, H) as
-  /// rms_norm's, undefined without a norm.
+  /// rms_norm's, undefined without a norm. out_product, as x: x knock^T, undefined where it is not kept.
   void (*knock_norm_rope)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-                          const Array& positions, const Array& out_y, const Array& out_stats) = nullptr;
-  /// out_dproduct: the gradient of x knock^T.
+                          const Array& positions, const Array& out_product, const Array& out_y,
+                          const Array& out_stats) = nullptr;
+  /// product: made again where it is undefined; out_dproduct: its gradient.
   void (*knock_norm_rope_backward)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-                                   const Array& positions, const Array& stats, const Array& dy,
+                                   const Array& positions, const Array& product, const Array& stats, const Array& dy,
                                    const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) = nullptr;
   /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,

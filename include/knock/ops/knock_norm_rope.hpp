@@ -6,7 +6,7 @@
 //
 // With u = dy rotated back and g = u * weight:
 //   dp = r * (g - h * mean(g * h)),  dx = dp knock,  dknock = dp^T x,  dweight = sum over rows of u * h
-// p is made again in backward rather than kept.
+// p is made again in backward on CUDA, where that costs less than to keep it; the CPU keeps it.
 
 #include <knock/ops/rope.hpp>
 
@@ -67,13 +67,15 @@ KNOCK_FUNC Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Te
   const Tensor dense = x.detach().contiguous(), y = empty(x.shape(), {x.dtype(), x.device()});  // (B, T, H, D)
   const Tensor stats = options.norm ? detail::row_stats(x) : Tensor();
   const Tensor matrix = knock.detach().contiguous();
+  const bool keeps = x.device().kind == DeviceKind::cpu && autograd::detail::wants_recording(Tensors{x, knock, weight});
+  const Tensor product = keeps ? empty_like(dense) : Tensor();  // (B, T, H, D)
   if (x.numel() > 0)
     kernel(&Backend::knock_norm_rope, "knock_norm_rope", x)(
         kernel_options, dense.array(), detail::array_beside(x, matrix),
-        detail::array_or_none(detail::norm_parameter(weight, x)), detail::array_or_none(positions), y.array(),
-        detail::array_or_none(stats));
+        detail::array_or_none(detail::norm_parameter(weight, x)), detail::array_or_none(positions),
+        detail::array_or_none(product), y.array(), detail::array_or_none(stats));
   const auto backward = [x = autograd::Saved(x), knock = autograd::Saved(knock), positions = autograd::Saved(positions),
-                         weight = autograd::Saved(weight), stats, options,
+                         weight = autograd::Saved(weight), product, stats, options,
                          kernel_options](const autograd::Upstream& up) -> Tensors {
     const Tensor in = x.get(up), k = knock.get(up), at = positions.get(up), w = weight.get(up);
     if (autograd::is_recording())
@@ -86,8 +88,9 @@ KNOCK_FUNC Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Te
     const Tensor matrix_of = k.contiguous();
     kernel(&Backend::knock_norm_rope_backward, "knock_norm_rope", in)(
         kernel_options, dense_x.array(), detail::array_beside(in, matrix_of),
-        detail::array_or_none(detail::norm_parameter(w, in)), detail::array_or_none(at), detail::array_or_none(stats),
-        dy.array(), dproduct.array(), detail::array_or_none(dx), detail::array_or_none(dw));
+        detail::array_or_none(detail::norm_parameter(w, in)), detail::array_or_none(at), detail::array_or_none(product),
+        detail::array_or_none(stats), dy.array(), dproduct.array(), detail::array_or_none(dx),
+        detail::array_or_none(dw));
     Tensor dknock;
     if (up.needs(1)) dknock = detail::mixed_product(detail::as_rows(dproduct).t(), detail::as_rows(dense_x), k.dtype());
     return {dx, dknock, detail::in_dtype(dw, w)};
