@@ -93,6 +93,10 @@ TEST_CASE("PagedKvCache: errors change nothing") {
   CHECK(test::contains(test::error_of([&] { cache.append({a, a}, keys(2, 1), values(2, 1)); }), "is given twice"));
   CHECK(test::contains(test::error_of([&] { cache.append({a}, keys(2, 1), values(2, 1)); }), "needs k and v"));
   CHECK(test::contains(test::error_of([&] { cache.append({a}, keys(1, 1), values(1, 2)); }), "needs k and v"));
+  const Tensor narrow = keys(1, 1).to(DType::bf16), recorded = keys(1, 1).requires_grad_();
+  CHECK(test::contains(test::error_of([&] { cache.append({a}, narrow, values(1, 1)); }), "needs k and v"));
+  CHECK(test::contains(test::error_of([&] { cache.append({a}, recorded, values(1, 1)); }), "does not record"));
+  CHECK(cache.length(a) == 4);
   CHECK(test::contains(test::error_of([&] { cache.length(7); }), "there is no sequence 7"));
   cache.remove(b);
   CHECK(test::contains(test::error_of([&] { cache.attend({b}, randn({1, heads, 1, dim})); }), "there is no sequence"));

@@ -113,10 +113,13 @@ KNOCK_FUNC const PagedKvCache::Sequence& PagedKvCache::at(int64_t sequence) cons
 KNOCK_FUNC void PagedKvCache::append(const std::vector<int64_t>& sequences, const Tensor& k, const Tensor& v) {
   const auto batch = static_cast<int64_t>(sequences.size());
   const auto fits = [&](const Tensor& x, const Tensor& pages) {
-    return x.rank() == 4 && x.shape() == Shape{batch, pages.size(1), k.size(2), pages.size(3)};
+    return x.rank() == 4 && x.shape() == Shape{batch, pages.size(1), k.size(2), pages.size(3)} &&
+           x.dtype() == pages.dtype() && x.device() == pages.device();
   };
   check(fits(k, k_pages_) && fits(v, v_pages_), "PagedKvCache", "needs k and v (B, Hkv, T, D) of ", batch,
-        " sequences for pages ", k_pages_, " and ", v_pages_, ": k ", k, ", v ", v);
+        " sequences, as its pages ", k_pages_, " and ", v_pages_, " are: k ", k, ", v ", v);
+  check(!autograd::is_recording() || !(k.requires_grad() || v.requires_grad()), "PagedKvCache",
+        "does not record gradients; decode under NoGradGuard");
   const int64_t tokens = k.size(2);
   int64_t needed = 0;
   for (std::size_t i = 0; i < sequences.size(); ++i) {
