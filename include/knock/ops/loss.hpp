@@ -193,8 +193,8 @@ KNOCK_FUNC int64_t logit_chunk(int64_t rows, const Tensor& weight, DType dtype) 
   const int64_t bytes = int64_t{1} << (weight.device().kind == DeviceKind::cpu ? 25 : 30);
   const int64_t row = std::max<int64_t>(weight.size(0) * size_of(dtype), 1);
   const int64_t most = std::max({bytes / row, std::min(weight.size(1), enough), int64_t{1}});
-  const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1);
-  return (rows + chunks - 1) / chunks;
+  const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1), each = (rows + chunks - 1) / chunks;
+  return each > 64 ? std::min((each + 63) / 64 * 64, rows) : each;  // whole tiles of products
 }
 
 struct LinearLoss {
