@@ -1,5 +1,4 @@
-// launches, bytes and FLOPs of a training step on NVIDIA GPUs, and the time that rooflines give them; needs nvcc, no
-// GPU
+// launches, bytes and FLOPs of a training step on NVIDIA GPUs, and the time of rooflines; needs nvcc, no GPU
 //
 //   ./run bench gpu-ledger [--config NAME] [--micro-batches N] [--rows N] [--json] [--model.key=value]
 //   NAME: moe-2b3-a0b44 (default) or another of train_step's; in bf16
