@@ -199,24 +199,7 @@ __global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
     __syncthreads();
     if (next < end) load_tile<D, N>(k, p.k, w.b, kv_head, next, p.keys, p.depth);
     commit_copies();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float high = largest[half], sum = 0;
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n) high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-      high = largest_of_row(high);
-      const float base = high == -INFINITY ? 0.0f : high, shrink = exp2_approx(largest[half] - base);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          s[n][e] = exp2_approx(s[n][e] - base);
-          sum += s[n][e];
-        }
-      total[half] = total[half] * shrink + sum_of_row(sum);
-      largest[half] = high;
-#pragma unroll
-      for (int t = 0; t < D / 8; ++t) sums[t][2 * half] *= shrink, sums[t][2 * half + 1] *= shrink;
-    }
+    weigh_scores<D, N>(s, sums, largest, total);
     add_rows<D, N, D / 8>(sums, s, v, 0);
     col = next;
   }

@@ -72,4 +72,30 @@ __device__ inline float sum_of_row(float x) {
   return x + __shfl_xor_sync(0xffffffffU, x, 2);
 }
 
+/// One tile of the running softmax of a warp's 16 rows: makes weights of scores (16, N), in units of log 2, and shrinks
+/// the sums (16, D) and totals that earlier tiles left to the largest score so far.
+template <int D, int N>
+__device__ __forceinline__ void weigh_scores(float (&s)[N / 8][4], float (&sums)[D / 8][4], float (&largest)[2],
+                                             float (&total)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float high = largest[half], sum = 0;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) high = fmaxf(high, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    high = largest_of_row(high);
+    const float base = high == -INFINITY ? 0.0f : high, shrink = exp2_approx(largest[half] - base);
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int e = 2 * half; e < 2 * half + 2; ++e) {
+        s[n][e] = exp2_approx(s[n][e] - base);
+        sum += s[n][e];
+      }
+    total[half] = total[half] * shrink + sum_of_row(sum);
+    largest[half] = high;
+#pragma unroll
+    for (int t = 0; t < D / 8; ++t) sums[t][2 * half] *= shrink, sums[t][2 * half + 1] *= shrink;
+  }
+}
+
 }  // namespace knock::cuda

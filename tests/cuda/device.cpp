@@ -3,21 +3,14 @@
 #include <knock/knock.hpp>
 
 #include <doctest/doctest.h>
+#include <support/compare.hpp>
 
 namespace {
 
 using namespace knock;
 
-std::string error_of(const auto& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
-bool contains(const std::string& text, std::string_view part) { return text.find(part) != std::string::npos; }
+using test::contains;
+using test::error_of;
 
 TEST_CASE("device: one is there, the next is an error that says so") {
   REQUIRE(device_count(DeviceKind::cuda) >= 1);
