@@ -62,6 +62,7 @@ __global__ void __launch_bounds__(threads) experts_from_rows_tile(GroupedProblem
   const int64_t col = blockIdx.x % col_tiles * side, row = blockIdx.x / col_tiles % row_tiles * side;
   const int64_t expert = blockIdx.x / col_tiles / row_tiles;
   const int64_t begin = p.experts.offsets[expert], count = p.experts.offsets[expert + 1] - begin;
+  if (p.add && count == 0) return;
   multiply_tile<C>(
       count,
       [&](int64_t i, int64_t k) {
@@ -75,6 +76,7 @@ __global__ void __launch_bounds__(threads) experts_from_rows_tile(GroupedProblem
       [&](int64_t i, int64_t j, C sum) {
         if (row + i >= p.m || col + j >= p.n) return;
         const auto [data, at] = p.matrices.row(expert, row + i);
+        if (p.add) sum += load_wide<C>(data, p.matrices.dtype, at + col + j);
         store_wide(data, p.matrices.dtype, at + col + j, sum);
       });
 }
@@ -103,8 +105,8 @@ void rows_times_experts(const char* name, const Experts& experts, const SortedRo
 }
 
 void experts_from_rows(const char* name, const Experts& experts, const SortedRows& a, const SortedRows& b,
-                       const ExpertMatrices& out) {
-  const GroupedProblem p{.experts = experts, .a = a, .b_rows = b, .matrices = out, .m = a.n, .n = b.n};
+                       const ExpertMatrices& out, bool add) {
+  const GroupedProblem p{.experts = experts, .a = a, .b_rows = b, .matrices = out, .m = a.n, .n = b.n, .add = add};
   if (p.m == 0 || p.n == 0) return;
   if (experts_from_rows_mma(name, p)) return;
   const Grid grid{experts.count * ((p.m + side - 1) / side) * ((p.n + side - 1) / side), threads};

@@ -3,7 +3,7 @@
 // is known to the device alone: a grid has blocks for the most tiles that there can be, and each finds its own.
 //
 //   rows_times_experts     out (row, n) = sum_k a(row, k) b_e(n, k)  or  b_e(k, n), e the expert of the row
-//   experts_from_rows      out_e (m, n) = sum over e's rows of a(row, m) b(row, n)
+//   experts_from_rows      out_e (m, n) = sum over e's rows of a(row, m) b(row, n), or += that sum
 //
 // Rows are read where they lie: `token_of` names the token of each sorted row. Two families of kernels: multiply-adds
 // in f32 or f64 for every dtype, and bf16 on the tensor cores.
@@ -43,9 +43,10 @@ struct ExpertMatrices {
   DType dtype = DType::f32;
   int64_t rows = 0, n = 0, first_rows = 0;
 
-  explicit ExpertMatrices(const Array& x) : data(x.data), dtype(x.dtype), rows(x.shape[1]), n(x.shape[2]) {}
+  explicit ExpertMatrices(const Array& x)
+      : data(x.data), dtype(x.dtype), rows(x.shape[1]), n(x.shape[2]), first_rows(x.shape[1]) {}
   ExpertMatrices(const Array& x, const Array& below) : ExpertMatrices(x) {
-    second = below.data, first_rows = rows, rows += below.shape[1];
+    second = below.data, rows += below.shape[1];
   }
 
   /// Where row i of an expert's matrix begins: an array, and an element of it.
@@ -54,9 +55,9 @@ struct ExpertMatrices {
     int64_t at;
   };
   __device__ Place row(int64_t expert, int64_t i) const {
-    if (!second) return {data, (expert * rows + i) * n};
-    if (i < first_rows) return {data, (expert * first_rows + i) * n};
-    return {second, (expert * (rows - first_rows) + i - first_rows) * n};
+    const bool below = i >= first_rows;  // without branches: many are asked for at once
+    const int64_t count = below ? rows - first_rows : first_rows, own = below ? i - first_rows : i;
+    return {below ? second : data, (expert * count + own) * n};
   }
 };
 
@@ -64,9 +65,9 @@ struct ExpertMatrices {
 /// what lies behind the last expert's rows is left alone.
 void rows_times_experts(const char* name, const Experts& experts, const SortedRows& a, const ExpertMatrices& b,
                         bool b_by_k, const Array& out);
-/// out (E, M, N): zeros for experts without rows.
+/// out (E, M, N): zeros for experts without rows. With `add` it is added to, and left alone for experts without rows.
 void experts_from_rows(const char* name, const Experts& experts, const SortedRows& a, const SortedRows& b,
-                       const ExpertMatrices& out);
+                       const ExpertMatrices& out, bool add);
 
 /// The problem of either, as kernels read it.
 struct GroupedProblem {
@@ -76,6 +77,7 @@ struct GroupedProblem {
   void* out = nullptr;      ///< of rows_times_experts, (slots, N)
   DType out_dtype = DType::f32;
   int64_t m = 0, n = 0, k = 0;  ///< m and k of what is not a number of rows
+  bool add = false;             ///< experts_from_rows adds to what it writes
 };
 
 /// The tensor cores' kernels; false, and nothing done, for other dtypes and for rows that are not pieces of 16 bytes.

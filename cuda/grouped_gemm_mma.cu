@@ -70,6 +70,9 @@ __device__ void load_right(uint32_t (&b)[4], const __nv_bfloat16* tile, int col,
   }
 }
 
+/// What a tile has of n rows or columns from its first one on.
+__device__ inline int in_tile(int64_t n) { return static_cast<int>(max(min(n, int64_t{side}), int64_t{0})); }
+
 extern __shared__ __align__(16) __nv_bfloat16 shared_tiles[];
 
 /// sums[i][j] of a warp are rows 64 (warp / 4) + 16 i and columns 32 (warp % 4) + 8 j. `load(tile, first)` begins to
@@ -105,33 +108,89 @@ __device__ void multiply_tile(float (&sums)[4][4][4], int64_t k, const Load& loa
   wait_copies<0>();
 }
 
-/// Writes the sums to rows that begin at row_at(i) (null: none), of `width` columns. Numbers of bf16 change places
-/// between neighbouring lanes, so that four lanes fill a sector of 32 bytes.
-template <class RowAt>
-__device__ void store_sums(const float (&sums)[4][4][4], DType dtype, int64_t width, const RowAt& row_at) {
+/// Where a block's sums go: `rows` of at most 128 rows of `cols` numbers each, the first `above` of them from `upper`
+/// on, the others from `lower` on. Places follow without branches: many are asked for at once.
+struct OutTile {
+  char *upper, *lower;
+  int above, rows, cols, row_bytes;
+  DType dtype;
+
+  __device__ bool has(int row, int col) const { return row < rows && col < cols; }
+  template <class T>
+  __device__ T* at(int row, int byte) const {
+    const int64_t before = int64_t{row < above ? row : row - above} * row_bytes;
+    return reinterpret_cast<T*>((row < above ? upper : lower) + before + byte);
+  }
+};
+
+/// Calls body(row, col, left, right) for this lane's two rows of the i-th 16 of its warp's and each 16 columns, from
+/// `col` on: the lane has two sums of the left eight and two of the right.
+template <class Sums, class Body>
+__device__ void for_two_rows(Sums& sums, int i, const Body& body) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int pair = lane % 4 * 2, first_col = warp % 4 * 32;
-  const bool odd = lane % 2 != 0;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    void* const row = row_at(warp / 4 * 64 + i / 2 * 16 + i % 2 * 8 + lane / 4);
+  for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int j = 0; j < 4; j += 2) {
-      const float *const left = &sums[i / 2][j][i % 2 * 2], *const right = &sums[i / 2][j + 1][i % 2 * 2];
-      if (dtype == DType::bf16) {
-        const uint32_t low = pack(left[0], left[1]), high = pack(right[0], right[1]);
-        const uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? low : high, 1);
-        const int col = first_col + 8 * j + (odd ? 8 + pair - 2 : pair);
-        if (row && col < width)
-          *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(row) + col) =
-              odd ? make_uint2(other, high) : make_uint2(low, other);
-      } else {
-        const int col = first_col + 8 * j + pair;
-        float* const to = static_cast<float*>(row);
-        if (row && col < width) *reinterpret_cast<float2*>(to + col) = {left[0], left[1]};
-        if (row && col + 8 < width) *reinterpret_cast<float2*>(to + col + 8) = {right[0], right[1]};
-      }
+    for (int j = 0; j < 4; j += 2)
+      body(warp / 4 * 64 + 16 * i + 8 * half + lane / 4, warp % 4 * 32 + 8 * j, &sums[i][j][2 * half],
+           &sums[i][j + 1][2 * half]);
+}
+
+/// Which of eight columns of f32, and of sixteen of exchanged bf16, this lane's begin with.
+__device__ inline int first_f32() { return static_cast<int>(threadIdx.x) % 4 * 2; }
+__device__ inline int first_bf16() {
+  const int lane = static_cast<int>(threadIdx.x) % 4;
+  return lane % 2 * 8 + lane / 2 * 4;
+}
+
+/// The even lane of two neighbours takes the left pairs of bf16 of both, the odd one the right ones, so that four lanes
+/// fill a sector of 32 bytes. Done twice, it changes nothing.
+__device__ inline uint2 exchange(uint2 pairs) {
+  const bool odd = threadIdx.x % 2 != 0;
+  const uint32_t other = __shfl_xor_sync(0xffffffffU, odd ? pairs.x : pairs.y, 1);
+  return odd ? make_uint2(other, pairs.y) : make_uint2(pairs.x, other);
+}
+
+__device__ inline void add_to(float* sums, float2 values) { sums[0] += values.x, sums[1] += values.y; }
+
+/// Adds what the tile holds to the sums of two rows.
+__device__ inline void add_held(float (&sums)[4][4][4], int i, const OutTile& out) {
+  if (out.dtype == DType::bf16) {
+    for_two_rows(sums, i, [&](int row, int col, float* left, float* right) {
+      const int at = col + first_bf16();
+      const uint2 pairs = exchange(out.has(row, at) ? *out.at<const uint2>(row, 2 * at) : make_uint2(0, 0));
+      add_to(left, unpack(pairs.x)), add_to(right, unpack(pairs.y));
+    });
+  } else {
+    for_two_rows(sums, i, [&](int row, int col, float* left, float* right) {
+      const int at = col + first_f32();
+      if (out.has(row, at)) add_to(left, *out.at<const float2>(row, 4 * at));
+      if (out.has(row, at + 8)) add_to(right, *out.at<const float2>(row, 4 * at + 32));
+    });
+  }
+}
+
+__device__ inline void store_two_rows(const float (&sums)[4][4][4], int i, const OutTile& out) {
+  for_two_rows(sums, i, [&](int row, int col, const float* left, const float* right) {
+    if (out.dtype == DType::bf16) {
+      const uint2 pairs = exchange(make_uint2(pack(left[0], left[1]), pack(right[0], right[1])));
+      const int at = col + first_bf16();
+      if (out.has(row, at)) *out.at<uint2>(row, 2 * at) = pairs;
+    } else {
+      const int at = col + first_f32();
+      if (out.has(row, at)) *out.at<float2>(row, 4 * at) = {left[0], left[1]};
+      if (out.has(row, at + 8)) *out.at<float2>(row, 4 * at + 32) = {right[0], right[1]};
     }
+  });
+}
+
+/// Writes the sums, or with `add` adds them to what the tile holds: two rows of a lane are read before they are
+/// written, so that loads do not wait for one another. More at a time would not fit the registers.
+__device__ inline void store_sums(float (&sums)[4][4][4], const OutTile& out, bool add) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (add) add_held(sums, i, out);
+    store_two_rows(sums, i, out);
   }
 }
 
@@ -159,17 +218,18 @@ __global__ void __launch_bounds__(threads) rows_times_experts_mma_tile(GroupedPr
     };
     load_tile<b_by_k>(to + tile_numbers, row_of_b, b_by_k ? p.n - col : p.k - first, a);
   });
-  store_sums(sums, p.out_dtype, p.n - col, [&](int i) -> void* {
-    if (tile.first + i >= tile.end) return nullptr;
-    return static_cast<char*>(p.out) + ((tile.first + i) * p.n + col) * size_of(p.out_dtype);
-  });
+  const int64_t size = size_of(p.out_dtype);
+  char* const out = static_cast<char*>(p.out) + (tile.first * p.n + col) * size;
+  const int height = in_tile(tile.end - tile.first);
+  store_sums(sums, {out, out, height, height, in_tile(p.n - col), static_cast<int>(p.n * size), p.out_dtype}, false);
 }
 
-__global__ void __launch_bounds__(threads) experts_from_rows_mma_tile(GroupedProblem p) {
+__global__ void __launch_bounds__(threads, 2) experts_from_rows_mma_tile(GroupedProblem p) {
   const int64_t col_tiles = (p.n + side - 1) / side, row_tiles = (p.m + side - 1) / side;
   const int64_t col = blockIdx.x % col_tiles * side, row = blockIdx.x / col_tiles % row_tiles * side;
   const int64_t expert = blockIdx.x / col_tiles / row_tiles;
   const int64_t begin = p.experts.offsets[expert], end = p.experts.offsets[expert + 1];
+  if (p.add && begin == end) return;
   const auto *const a = static_cast<const __nv_bfloat16*>(p.a.data), *const b = static_cast<const __nv_bfloat16*>(
                                                                          p.b_rows.data);
   float sums[4][4][4] = {};
@@ -183,11 +243,20 @@ __global__ void __launch_bounds__(threads) experts_from_rows_mma_tile(GroupedPro
     load_tile<true>(to, row_of(p.a, a, row), p.m - row, a);
     load_tile<true>(to + tile_numbers, row_of(p.b_rows, b, col), p.n - col, b);
   });
-  store_sums(sums, p.matrices.dtype, p.n - col, [&](int i) -> void* {
-    if (row + i >= p.m) return nullptr;
-    const auto [data, at] = p.matrices.row(expert, row + i);
-    return static_cast<char*>(data) + (at + col) * (p.matrices.dtype == DType::bf16 ? 2 : 4);
-  });
+  const int64_t size = p.matrices.dtype == DType::bf16 ? 2 : 4;
+  const auto begin_at = [&](int64_t i) {
+    const auto [data, at] = p.matrices.row(expert, i);
+    return static_cast<char*>(data) + (at + col) * size;
+  };
+  const int rows = in_tile(p.m - row), above = min(in_tile(p.matrices.first_rows - row), rows);
+  const OutTile out{begin_at(row),
+                    begin_at(row + (above < rows ? above : 0)),
+                    above,
+                    rows,
+                    in_tile(p.n - col),
+                    static_cast<int>(p.n * size),
+                    p.matrices.dtype};
+  store_sums(sums, out, p.add);
 }
 
 bool in_pieces(const void* data, DType dtype, int64_t n) {

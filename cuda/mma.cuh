@@ -68,5 +68,8 @@ __device__ inline uint32_t pack(float low, float high) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&both);
 }
+__device__ inline float2 unpack(uint32_t both) {
+  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&both));
+}
 
 }  // namespace knock::cuda

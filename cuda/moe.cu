@@ -305,9 +305,9 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
                        ExpertMatrices(gate.array, up.array), true, matrix(dx, wide, slots, features));
     layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);
     experts_from_rows("moe_gate_up_weights", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false}, x,
-                      ExpertMatrices(out.gate, out.up));
+                      ExpertMatrices(out.gate, out.up), out.add);
     experts_from_rows("moe_down_weights", layer.experts, upstream, {weighted.as<void>(), dtype, ffn, false},
-                      ExpertMatrices(out.down));
+                      ExpertMatrices(out.down), out.add);
   });
 }
 

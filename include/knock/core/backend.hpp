@@ -109,6 +109,7 @@ struct MoeInputs {
 /// Gradients of the floating ones.
 struct MoeGradients {
   Array x, weights, gate, up, down;
+  bool add = false;  ///< gate, up and down hold sums that theirs are added to
 };
 
 /// A router's scores: sigmoid(logit), or a row's softmax.

@@ -229,6 +229,8 @@ KNOCK_FUNC void Work::add(const MoeInputs& in) {
 
 KNOCK_FUNC void Work::add(const MoeGradients& out) {
   for (const Array* array : {&out.x, &out.weights, &out.gate, &out.up, &out.down}) add(*array);
+  if (!out.add) return;
+  for (const Array* sum : {&out.gate, &out.up, &out.down}) bytes += bytes_of(*sum);  // read as well
 }
 
 KNOCK_FUNC void Work::add(std::span<const AdamWUpdate> updates) {

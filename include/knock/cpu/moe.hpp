@@ -385,17 +385,21 @@ class MoeBackward {
     weight_gradients<1>(e, c, f, activation, to, pack_activation, left_of);
   }
 
-  /// Products of an expert's rows, `count` of them with one right operand: out[i] (m, n) = left_of(i) right.
+  /// Products of an expert's rows, `count` of them with one right operand: out[i] (m, n) = left_of(i) right. Where sums
+  /// are added to it is +=, and nothing is touched for an expert without rows.
   template <int count, class PackRight, class LeftOf>
   void weight_gradients(int64_t e, int64_t m, int64_t n, const P* right, const Result* out, const PackRight& pack_right,
                         const LeftOf& left_of) const {
     const int64_t begin = moe_.offsets[e], end = moe_.offsets[e + 1];
     constexpr Slot tiles[] = {Slot::tile, Slot::user0};
+    if (begin == end) {
+      if (!out_.add)
+        for (int i = 0; i < count; ++i) scale_addend<P>(m, n, 0, {}, out[i]);
+      return;
+    }
     std::vector<Accumulator<P>> sums;
     for (int i = 0; i < count; ++i)
-      sums.emplace_back(m, n, end - begin <= k_block_of<P>, C(1), C(0), Operand(), out[i], tiles[i]);
-    if (begin == end)
-      for (int i = 0; i < count; ++i) scale_addend<P>(m, n, 0, {}, out[i]);
+      sums.emplace_back(m, n, end - begin <= k_block_of<P>, C(1), C(out_.add ? 1 : 0), out[i], out[i], tiles[i]);
     for (int64_t p = begin; p < end; p += k_block_of<P>) {
       const int64_t stop = std::min(end, p + k_block_of<P>), units = units_of<P>(stop - p);
       pack_right(p, stop);
@@ -406,8 +410,7 @@ class MoeBackward {
                             sums[static_cast<std::size_t>(which)].output(p == begin, stop == end).below(i));
         }
     }
-    if (begin < end)
-      for (const Accumulator<P>& sum : sums) sum.finish();
+    for (const Accumulator<P>& sum : sums) sum.finish();
   }
 
   /// Sorted rows [begin, end) of `source` (N, C), columns [col, col + n), as panels of units across rows.
