@@ -84,7 +84,7 @@ class BackwardPass {
       return;
     }
     if (!captures_.empty() && !needed_.contains(&node)) return;
-    Tensors out = node.apply(Upstream(node, gradients));
+    Tensors out = node.apply(Upstream(node, gradients, captures_.empty()));
     gradients.clear();
     if (!retain_graph_) node.release();
     check(out.size() == node.inputs.size(), node.name(), "backward gave ", out.size(), " gradients for ",

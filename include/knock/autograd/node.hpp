@@ -59,6 +59,8 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual bool is_accumulator() const { return false; }
   /// Whether `apply` may be called with each part of a gradient as it arrives, instead of once with their sum.
   virtual bool takes_parts() const { return false; }
+  /// Hands over a gradient that is added up here, if no one else can see it; see Upstream::take_grad.
+  virtual Tensor take_grad(const char* /*op*/) { return {}; }
 
   const char* name() const { return name_; }
   uint64_t sequence() const { return sequence_; }
@@ -96,7 +98,9 @@ Edge gradient_edge(const Tensor& tensor);
 /// What backward of one node gets: the gradients of its outputs.
 class Upstream {
  public:
-  Upstream(Node& node, const Tensors& gradients) : node_(node), gradients_(gradients) {}
+  /// `adds_to_leaves`: what a leaf receives is added to its grad().
+  Upstream(Node& node, const Tensors& gradients, bool adds_to_leaves = false)
+      : node_(node), gradients_(gradients), adds_to_leaves_(adds_to_leaves) {}
 
   /// Gradient of output i, zeros when none came.
   Tensor dy(int64_t i = 0) const;
@@ -104,6 +108,11 @@ class Upstream {
   bool has(int64_t i) const { return gradients_[static_cast<std::size_t>(i)].defined(); }
   /// Whether the gradient of input i is wanted.
   bool needs(int64_t i) const { return node_.inputs[static_cast<std::size_t>(i)].node != nullptr; }
+  /// What the leaf at input i holds as its grad() already, taken from it: an op that adds its own gradient to these
+  /// elements and returns them spares the pass that would add the two. Undefined where that cannot be: the input is no
+  /// leaf or has hooks, its grad() is absent, not dense or known to others, or the gradients go elsewhere (`grad`,
+  /// create_graph). As Megatron-LM's fused accumulation of weight gradients, for any op.
+  Tensor take_grad(int64_t i) const;
   /// An error under create_graph: for formulas that cannot themselves be differentiated.
   void no_double_backward(std::string_view instead) const;
 
@@ -112,6 +121,7 @@ class Upstream {
  private:
   Node& node_;
   const Tensors& gradients_;
+  bool adds_to_leaves_;
 };
 
 /// An input or constant kept for backward. Using it after an in-place write to its storage is an error.
@@ -339,6 +349,17 @@ class Accumulator final : public Node {
     return {};
   }
 
+  Tensor take_grad(const char* op) override {
+    const std::lock_guard lock(mutex_);
+    Meta& meta = meta_of(Tensor(leaf_));
+    if (!meta.grad.defined() || !meta.hooks.empty()) return {};
+    const TensorImpl& grad = meta.grad.impl();
+    const bool unseen = meta.grad.handle().use_count() == 1 && grad.storage.use_count() == 1 && !grad.requires_grad;
+    if (!unseen || !meta.grad.is_contiguous()) return {};
+    grad.storage->bump(op);
+    return std::exchange(meta.grad, Tensor());
+  }
+
  private:
   std::shared_ptr<TensorImpl> leaf_;
   std::mutex mutex_;
@@ -371,6 +392,11 @@ KNOCK_FUNC Tensor Upstream::dy(int64_t i) const {
   if (gradient.defined()) return gradient;
   const auto& output = node_.outputs[static_cast<std::size_t>(i)];
   return zeros(output.shape, {output.dtype, output.device});
+}
+
+KNOCK_FUNC Tensor Upstream::take_grad(int64_t i) const {
+  if (!adds_to_leaves_ || !needs(i) || is_recording()) return {};
+  return node_.inputs[static_cast<std::size_t>(i)].node->take_grad(node_.name());
 }
 
 KNOCK_FUNC void Upstream::no_double_backward(std::string_view instead) const {

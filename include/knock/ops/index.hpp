@@ -86,7 +86,11 @@ KNOCK_FUNC Tensor gather_at(const Tensor& x, int64_t axis, const Tensor& index) 
   return autograd::record(
       "gather", out, {x},
       [axis, index = autograd::Saved(index), whole = x.shape()](const autograd::Upstream& up) -> Tensors {
-        return {sum_at(whole, axis, index.get(up), up.dy())};
+        const Tensor dy = up.dy(), at = index.get(up);
+        const Tensor sum = dy.dtype() == DType::bf16 ? Tensor() : up.take_grad(0);  // bf16 would round each term
+        if (!sum.defined()) return {sum_at(whole, axis, at, dy)};
+        kernel(&Backend::scatter_add, "gather", sum)(dy.array(), axis, at.array(), sum.array());
+        return {sum};
       });
 }
 

@@ -165,6 +165,21 @@ KNOCK_FUNC Tensor mixed_product(const Tensor& a, const Tensor& b, DType dtype) {
   return product("linear", a, b, dtype);
 }
 
+/// sum + a b in `dtype`; an undefined sum counts as zero. What is summed so far is given up.
+KNOCK_FUNC Tensor add_product(const Tensor& sum, const Tensor& a, const Tensor& b, DType dtype) {
+  if (!sum.defined()) return mixed_product(a, b, dtype);
+  if (autograd::is_recording()) return sum + mixed_product(a, b, dtype);
+  const Tensor rows = as_rows(a);
+  kernel(&Backend::gemm, "linear", a)(1, rows.array(), array_beside(a, b), 1, rows_of(sum), rows_of(sum));
+  return sum;
+}
+
+/// The gradient of the weight (out, in) at input i of `linear`, added to what its leaf holds.
+KNOCK_FUNC Tensor weight_gradient(const autograd::Upstream& up, int64_t i, const Tensor& dy, const Tensor& x,
+                                  DType dtype) {
+  return add_product(up.take_grad(i), as_rows(dy).t(), as_rows(x), dtype);
+}
+
 }  // namespace detail
 
 KNOCK_FUNC Tensor matmul(const Tensor& a, const Tensor& b) {
@@ -251,7 +266,7 @@ KNOCK_FUNC Tensors linear_gradients(const autograd::Upstream& up, const Tensor& 
                                     const Tensor& bias) {
   Tensors gradients(3);
   if (up.needs(0)) gradients[0] = mixed_product(dy, w, dy.dtype());
-  if (up.needs(1)) gradients[1] = mixed_product(as_rows(dy).t(), as_rows(x), w.dtype());
+  if (up.needs(1)) gradients[1] = weight_gradient(up, 1, dy, x, w.dtype());
   if (up.needs(2)) gradients[2] = sum_to(dy, {dy.shape().back()}).to(bias.dtype());
   return gradients;
 }
@@ -317,19 +332,6 @@ KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const
 
 }  // namespace composite
 
-namespace detail {
-
-/// sum + a b; an undefined sum counts as zero. What is summed so far is given up.
-KNOCK_FUNC Tensor add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
-  if (!sum.defined()) return mixed_product(a, b, a.dtype());
-  if (autograd::is_recording()) return sum + mixed_product(a, b, a.dtype());
-  const Tensor rows = as_rows(a);
-  kernel(&Backend::gemm, "linear", a)(1, rows.array(), array_beside(a, b), 1, rows_of(sum), rows_of(sum));
-  return sum;
-}
-
-}  // namespace detail
-
 KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
   std::vector<Array> matrices, results;  // (in, out), (R, out)
   Tensors y, inputs{x};
@@ -353,10 +355,9 @@ KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
                        const auto output = static_cast<int64_t>(i);
                        if (!up.has(output)) continue;
                        const Tensor dy = up.dy(output), w = saved[i].get(up);  // (..., out), (out, in)
-                       if (up.needs(0)) gradients[0] = detail::add_product(gradients[0], dy, w);
+                       if (up.needs(0)) gradients[0] = detail::add_product(gradients[0], dy, w, dy.dtype());
                        if (up.needs(1 + output))
-                         gradients[1 + i] =
-                             detail::mixed_product(detail::as_rows(dy).t(), detail::as_rows(sx.get(up)), w.dtype());
+                         gradients[1 + i] = detail::weight_gradient(up, 1 + output, dy, sx.get(up), w.dtype());
                      }
                      return gradients;
                    });
