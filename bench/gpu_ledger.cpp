@@ -127,6 +127,9 @@ struct Summary {
   Line all;
 };
 
+/// How often a step has a phase.
+int times_of(std::string_view phase, int micro_batches) { return phase == "later" ? micro_batches - 1 : 1; }
+
 Summary summed(const Rows& rows, int micro_batches) {
   std::map<std::pair<std::string, std::string>, Line> lines;
   Summary out;
@@ -135,7 +138,7 @@ Summary summed(const Rows& rows, int micro_batches) {
     const std::string kernel = bench::ledger::short_name(row.kernel);
     Line& line = lines[{row.entry, kernel}];
     line.row.entry = row.entry, line.row.kernel = kernel;
-    const double times = row.phase == "later" ? micro_batches - 1 : 1;
+    const int times = times_of(row.phase, micro_batches);
     line.add(row, times);
     out.all.add(row, times);
   }
@@ -183,18 +186,24 @@ void print_text(const Summary& all, double model_flop, int most) {
 }
 
 /// What PyTorch launches and moves for the same step: an estimate (peers/torch_ledger.py).
-void print_peer(const std::string& wanted, const Row& ours) {
+void print_peers(const std::string& wanted, const Row& ours, int micro_batches) {
   std::ifstream file(BENCH_FOLDER "/peers/torch_ledger.txt");
+  std::map<std::string, Row> peers;  // by form of experts
   for (std::string line; std::getline(file, line);) {
     std::istringstream words(line);
-    std::string config, experts, name;
+    std::string config, experts, phase, name;
     double launches = 0, gigabytes = 0;
-    words >> config >> experts >> name >> launches >> gigabytes;
+    words >> config >> experts >> phase >> name >> launches >> gigabytes;
     if (config != wanted || name != "(all)") continue;
-    std::printf("PyTorch eager, estimated, experts by %s: %.0f launches (ours: %.2f of that), %.1f GB (%.2f)\n",
-                experts.c_str(), launches, static_cast<double>(ours.launches) / launches, gigabytes,
-                ours.bytes * 1e-9 / gigabytes);
+    const int times = times_of(phase, micro_batches);
+    peers[experts].launches += times * static_cast<int64_t>(launches);
+    peers[experts].bytes += times * gigabytes * 1e9;
   }
+  for (const auto& [experts, peer] : peers)
+    std::printf("PyTorch eager, estimated, experts by %s: %lld launches (ours: %.2f of that), %.1f GB (%.2f)\n",
+                experts.c_str(), static_cast<long long>(peer.launches),
+                static_cast<double>(ours.launches) / static_cast<double>(peer.launches), peer.bytes * 1e-9,
+                ours.bytes / peer.bytes);
 }
 
 void print(const bench::Options& options, const bench::StepArguments& arguments, const Summary& all, int micro_batches,
@@ -218,7 +227,7 @@ void print(const bench::Options& options, const bench::StepArguments& arguments,
               arguments.config.c_str(), micro_batches, static_cast<long long>(bench::tokens_of(arguments.trainer)),
               model_flop * 1e-12);
   print_text(all, model_flop, options.number("rows", 40));
-  if (micro_batches == 1) print_peer(arguments.config, all.all.row);
+  print_peers(arguments.config, all.all.row, micro_batches);
   for (const std::string& kernel : unknown)
     std::printf("not measured, charged what its call asks for: %s\n", kernel.c_str());
 }

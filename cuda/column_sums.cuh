@@ -7,13 +7,14 @@
 
 namespace knock::cuda {
 
-/// The parts that rows are shared out to; each is the work of one team.
+/// The parts that rows are shared out to, each the work of one team: of 8 rows at least, so that the parts' sums are
+/// little beside the rows, and no more than fill a GPU.
 struct RowParts {
   int64_t rows, rows_each, count;
 
   explicit RowParts(int64_t all) : rows(all) {
-    constexpr int64_t most = 512;
-    rows_each = std::max<int64_t>((rows + most - 1) / most, 1);
+    constexpr int64_t most = 512, least_rows = 8;
+    rows_each = std::max((rows + most - 1) / most, least_rows);
     count = (rows + rows_each - 1) / rows_each;
   }
 };

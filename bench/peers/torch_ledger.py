@@ -1,7 +1,8 @@
 """Launches and bytes of the rival's training step on a GPU, counted without one: the peer of bench/gpu_ledger.cpp.
 
 Runs the model and optimizer of torch_train.py at full size on the `meta` device, which computes shapes alone, and looks
-at every operator that PyTorch's dispatcher gets in eager mode: forward in bf16, backward, clipping and fused AdamW.
+at every operator that PyTorch's dispatcher gets in eager mode: forward in bf16 and backward of a first micro-batch, of
+a later one, whose gradients are added to what is there, and the update: clipping and fused AdamW.
 An operator whose results are not views of its operands is one launch, which reads its operands and writes its results
 once. Attention and RMSNorm, which `meta` takes apart, are put in as the fused operators that CUDA has for them (flash
 attention, _fused_rms_norm). It is an estimate: some operators are several kernels (sorting, reductions), those on lists
@@ -107,21 +108,24 @@ def clip_and_update(training, ledger):
 
 
 def count(experts):
+    """The ledgers of a first micro-batch, of a later one and of the update."""
     with torch.device("meta"):
         training = torch_train.Training(SHAPE, torch.bfloat16, experts, False)
         tokens = torch.zeros(SHAPE.batch, SHAPE.tokens, dtype=torch.long)
         model = training.model
-        ledger = Ledger()
+        ledgers = {phase: Ledger() for phase in ("first", "later", "update")}
         functional = torch.nn.functional
-        functional.scaled_dot_product_attention = lambda q, k, v, **_: FlashAttention.apply(ledger, q, k, v)
-        functional.rms_norm = lambda x, shape, weight, eps: RmsNorm.apply(ledger, x, weight)
-        with ledger:
-            loss = model(tokens, tokens)
-            loss.backward()
-            clip_and_update(training, ledger)
+        for phase in ("first", "later"):
+            ledger = ledgers[phase]
+            functional.scaled_dot_product_attention = lambda q, k, v, **_: FlashAttention.apply(ledger, q, k, v)
+            functional.rms_norm = lambda x, shape, weight, eps: RmsNorm.apply(ledger, x, weight)
+            with ledger:
+                model(tokens, tokens).backward()
+        with ledgers["update"]:
+            clip_and_update(training, ledgers["update"])
             for layer in model.layers:
                 layer.mlp.update_bias()
-    return ledger
+    return ledgers
 
 
 def main():
@@ -129,12 +133,14 @@ def main():
     shares = types.SimpleNamespace(tolist=lambda: [slots // SHAPE.experts] * SHAPE.experts)
     loop = torch_train.EXPERTS["loop"]
     torch_train.EXPERTS["loop"] = lambda x, counts, *weights: loop(x, shares, *weights)
-    print(f"# PyTorch {torch.__version__}, eager, bf16: config, experts, operator, launches, GB; by torch_ledger.py")
+    print(f"# PyTorch {torch.__version__}, eager, bf16, by torch_ledger.py")
+    print("# config, experts, phase, operator, launches, GB")
     for experts in torch_train.EXPERTS:
-        ledger = count(experts)
-        print(CONFIG, experts, "(all)", sum(ledger.launches.values()), f"{sum(ledger.bytes.values()) * 1e-9:.1f}")
-        for name, moved in ledger.bytes.most_common(25):
-            print(CONFIG, experts, name, ledger.launches[name], f"{moved * 1e-9:.2f}")
+        for phase, ledger in count(experts).items():
+            print(CONFIG, experts, phase, "(all)", sum(ledger.launches.values()),
+                  f"{sum(ledger.bytes.values()) * 1e-9:.1f}")
+            for name, moved in ledger.bytes.most_common(20):
+                print(CONFIG, experts, phase, name, ledger.launches[name], f"{moved * 1e-9:.2f}")
 
 
 if __name__ == "__main__":

@@ -185,12 +185,12 @@ KNOCK_FUNC int64_t count_targets(const char* op, const Tensor& index, int64_t cl
   return counted;
 }
 
-/// Rows of a chunk of logits: equal parts of about 32 MiB, or 1 GiB on an accelerator, whose caches hold neither. Each
+/// Rows of a chunk of logits: equal parts of about 32 MiB, or 3 GiB on an accelerator, whose caches hold neither. Each
 /// chunk packs the weight (V, C) anew and adds to its gradient, so that it has C rows (or 1024) at least: then it takes
 /// no more memory than the weight.
 KNOCK_FUNC int64_t logit_chunk(int64_t rows, const Tensor& weight, DType dtype) {
   constexpr int64_t enough = 1024;
-  const int64_t bytes = int64_t{1} << (weight.device().kind == DeviceKind::cpu ? 25 : 30);
+  const int64_t mib = int64_t{1} << 20, bytes = (weight.device().kind == DeviceKind::cpu ? 32 : 3072) * mib;
   const int64_t row = std::max<int64_t>(weight.size(0) * size_of(dtype), 1);
   const int64_t most = std::max({bytes / row, std::min(weight.size(1), enough), int64_t{1}});
   const int64_t chunks = std::max<int64_t>((rows + most - 1) / most, 1), each = (rows + chunks - 1) / chunks;
