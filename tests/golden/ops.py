@@ -828,6 +828,11 @@ op(
 op("swiglu", lambda x, a: F.silu(x[0]) * x[1], case(R(3, 5), R(3, 5)), case(R(), R()), case(R(1), R(1)),
    case(R(0, 3), R(0, 3)), case(R(2, 3, 19), R(2, 3, 19)),
    case(V([NAN, INF, -INF, 2.0, -104.0]), V([1.0, 1.0, 2.0, INF, 3.0]), name="special", grad=False))
+op("sigmoid_gate", lambda x, a: a.get("scale", 1.0) * F.glu(torch.stack([x[1], x[0]]), 0).squeeze(0),
+   case(R(3, 5), R(3, 5)), case(R(3, 5), R(3, 5), scale=-1.5), case(R(), R(), scale=2.0), case(R(1), R(1), scale=2.0),
+   case(R(0, 3), R(0, 3), scale=2.0), case(R(2, 3, 19), R(2, 3, 19), scale=2.0),
+   case(V([NAN, INF, -INF, 2.0, -104.0, -INF]), V([1.0, 1.0, 2.0, INF, 3.0, INF]), scale=2.0, name="special",
+        grad=False))
 
 
 def rope(x, a):

@@ -169,6 +169,23 @@ TEST_CASE("attention: at its start a knock changes no bit") {
   CHECK(distance(talking->forward(x), mha->forward(x)) <= 1e-6);
 }
 
+TEST_CASE("attention: between its products an mlp or gate knock is one kernel, and one in backward") {
+  const auto kernels_of = [](auto&& body) {
+    trace::start();
+    body();
+    std::string names;
+    for (const trace::Event& event : trace::stop()) names += text(names.empty() ? "" : " ", event.kernel);
+    return names;
+  };
+  const Tensor x = randn({2, 5, 3, 8}).requires_grad_(), dy = randn({2, 5, 3, 8});
+  Tensor y;
+  nn::KnockLayer mlp(Knock::mlp, 8), gate(Knock::gate, 8);
+  CHECK(kernels_of([&] { y = mlp(x); }) == "gemm_many gated gemm");
+  CHECK(kernels_of([&] { y.backward(dy); }) == "gemm gemm gated_backward gemm gemm gemm gemm");
+  CHECK(kernels_of([&] { y = gate(x.detach()); }) == "gemm gated");
+  CHECK(kernels_of([&] { y.backward(dy); }) == "gated_backward gemm");
+}
+
 TEST_CASE("attention: absorbed knocks give the same output and vanish where they can") {
   for (const auto& o : all_kinds()) {
     INFO(title(o));

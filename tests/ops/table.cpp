@@ -364,7 +364,11 @@ const std::vector<Family>& families() {
       {.op = "rope",
        .call = OP(rope(x[0], x[1], rope_options(a))),
        .large = LARGE(f64({2, 3, 300, 64}), arange(300))},
-      {.op = "swiglu", .call = OP(swiglu(x[0], x[1])), .twin = OP(composite::swiglu(x[0], x[1]))},
+      {.op = "swiglu", .call = OP(swiglu(x[0], x[1])), .twin = OP(composite::swiglu(x[0], x[1])),
+       .large = LARGE(f64({300, 257}), f64({300, 257}))},
+      {.op = "sigmoid_gate", .call = OP(sigmoid_gate(x[0], x[1], a.number("scale", 1))),
+       .twin = OP(composite::sigmoid_gate(x[0], x[1], a.number("scale", 1))),
+       .large = LARGE(f64({300, 257}), f64({300, 257})), .large_args = "scale=2"},
       {.op = "scaled_dot_product_attention",
        .call = OP(scaled_dot_product_attention(x[0], x[1], x[2], attention_options(x, a))),
        .roundings = 2,  // probabilities, and the result

@@ -53,6 +53,7 @@ struct Array {
 
 enum class Unary : uint8_t;   // ops/pointwise_functors.hpp
 enum class Binary : uint8_t;  // ops/pointwise_functors.hpp
+enum class Gate : uint8_t;    // ops/pointwise_functors.hpp
 struct PointwiseParams;       // ops/pointwise_functors.hpp
 
 enum class Random : uint8_t { uniform, normal, integer };
@@ -286,10 +287,10 @@ struct Backend {
                             const Array& out_dlog_probs) = nullptr;
 
   // Fused pointwise, floating dtypes
-  /// out = silu(gate) * up
-  void (*swiglu)(const Array& gate, const Array& up, const Array& out) = nullptr;
-  void (*swiglu_backward)(const Array& gate, const Array& up, const Array& dy, const Array& out_dgate,
-                          const Array& out_dup) = nullptr;
+  /// out = scale * kind(gate) * up
+  void (*gated)(Gate kind, double scale, const Array& gate, const Array& up, const Array& out) = nullptr;
+  void (*gated_backward)(Gate kind, double scale, const Array& gate, const Array& up, const Array& dy,
+                         const Array& out_dgate, const Array& out_dup) = nullptr;
   /// out = x * (kept ? 1 / (1 - p) : 0), x and out dense. Element i is kept when word i % 4 of Philox counter i / 4 of
   /// `state` is at least p * 2^32.
   void (*dropout)(RngState state, double p, const Array& x, const Array& out) = nullptr;
@@ -323,7 +324,7 @@ struct Backend {
   X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
-  X(nll_loss_backward) X(swiglu) X(swiglu_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
+  X(nll_loss_backward) X(gated) X(gated_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
   X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation) \
   X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward)
 // clang-format on

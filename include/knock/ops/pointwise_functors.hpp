@@ -747,4 +747,23 @@ enum class Binary : uint8_t { KNOCK_BINARY_OPS(KNOCK_NAME) KNOCK_BINARY_PREDICAT
 #undef KNOCK_NAME
 // clang-format on
 
+/// What a gated linear unit does to its gate: GLU, SwiGLU (Shazeer, arXiv 2002.05202).
+enum class Gate : uint8_t { sigmoid, silu };
+
+namespace pointwise {
+
+template <class T>
+struct GateValue {
+  T value, slope;
+};
+
+/// sigmoid(x) or silu(x), and its derivative.
+template <class T>
+KNOCK_HD GateValue<T> gate_at(Gate kind, T x) {
+  const T s = math::sigmoid(x), value = kind == Gate::silu ? x * s : s;
+  return {value, (kind == Gate::silu ? s : T(0)) + value * (1 - s)};
+}
+
+}  // namespace pointwise
+
 }  // namespace knock

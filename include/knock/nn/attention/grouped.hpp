@@ -31,8 +31,7 @@ class GroupedAttention : public Attention {
 }  // namespace knock::nn
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_ATTENTION_GROUPED)
-#include <knock/ops/binary.hpp>
-#include <knock/ops/pointwise.hpp>
+#include <knock/ops/mlp.hpp>
 #include <knock/ops/view.hpp>
 
 namespace knock::nn {
@@ -65,7 +64,7 @@ KNOCK_FUNC Tensor GroupedAttention::forward(const Tensor& x, const AttentionInpu
   const Tensors projected = forward_many(x, {&q_proj, &k_proj, &v_proj});
   Tensor v = split_heads(projected[2], dim);  // (B, T, Hkv, D)
   if (knock_v) v = knock_v->forward(v);
-  if (v_gate_proj) v = v * sigmoid(split_heads(v_gate_proj->forward(x), dim));
+  if (v_gate_proj) v = sigmoid_gate(split_heads(v_gate_proj->forward(x), dim), v);
   const auto made = [&](const Tensor& heads, KnockLayer* knock, RMSNorm* norm) {  // (B, H, T, D)
     return knock_and_rotate(split_heads(heads, dim), positions, knock, norm);
   };

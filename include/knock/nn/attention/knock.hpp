@@ -52,7 +52,7 @@ void fold_into_columns(const Tensor& columns, const Tensor& knock);
 #include <knock/autograd/grad_mode.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/matmul.hpp>
-#include <knock/ops/pointwise.hpp>
+#include <knock/ops/mlp.hpp>
 
 namespace knock::nn {
 
@@ -75,9 +75,9 @@ KNOCK_FUNC KnockLayer::KnockLayer(Knock kind, int64_t head_dim) : kind_(kind) {
 
 KNOCK_FUNC Tensor KnockLayer::forward(const Tensor& x) {
   if (kind_ == Knock::linear) return linear(x, beside(x, weight_));
-  const Tensor gate = sigmoid(gate_->forward(x));
-  if (kind_ == Knock::gate) return 2 * (x * gate);
-  return down_->forward(2 * (up_->forward(x) * gate));
+  if (kind_ == Knock::gate) return sigmoid_gate(gate_->forward(x), x, 2);
+  const Tensors projected = forward_many(x, {gate_.get(), up_.get()});
+  return down_->forward(sigmoid_gate(projected[0], projected[1], 2));
 }
 
 KNOCK_FUNC void fold_into_rows(const Tensor& rows, const Tensor& knock, double scale) {

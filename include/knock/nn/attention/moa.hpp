@@ -50,8 +50,8 @@ class MoaAttention : public Attention {
 #include <knock/ops/binary.hpp>
 #include <knock/ops/index.hpp>
 #include <knock/ops/matmul.hpp>
+#include <knock/ops/mlp.hpp>
 #include <knock/ops/moe.hpp>
-#include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 #include <knock/ops/softmax.hpp>
 #include <knock/ops/sort.hpp>
@@ -92,7 +92,7 @@ KNOCK_FUNC Tensor MoaAttention::forward(const Tensor& x, const AttentionInputs& 
   const Tensor q = expert_linear(tokens, indices, q_proj.to(dtype)).reshape({batch, count, chosen, dim});
   Tensor v = split_heads(v_proj(x), dim);  // (B, T, 1, D)
   if (knock_v) v = knock_v->forward(v);
-  if (v_gate_proj) v = v * sigmoid(split_heads(v_gate_proj->forward(x), dim));
+  if (v_gate_proj) v = sigmoid_gate(split_heads(v_gate_proj->forward(x), dim), v);
   const Tensor rotated = knock_and_rotate(q, positions, knock_q.get());                      // (B, k, T, D)
   const Tensor k = knock_and_rotate(split_heads(k_proj(x), dim), positions, knock_k.get());  // (B, 1, T, D)
   const Seen seen = with_past({k, v.transpose(1, 2)}, inputs);
