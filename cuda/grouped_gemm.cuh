@@ -43,10 +43,9 @@ struct ExpertMatrices {
   DType dtype = DType::f32;
   int64_t rows = 0, n = 0, first_rows = 0;
 
-  explicit ExpertMatrices(const Array& x)
-      : data(x.data), dtype(x.dtype), rows(x.shape[1]), n(x.shape[2]), first_rows(x.shape[1]) {}
+  explicit ExpertMatrices(const Array& x) : data(x.data), dtype(x.dtype), rows(x.shape[1]), n(x.shape[2]) {}
   ExpertMatrices(const Array& x, const Array& below) : ExpertMatrices(x) {
-    second = below.data, rows += below.shape[1];
+    second = below.data, first_rows = rows, rows += below.shape[1];
   }
 
   /// Where row i of an expert's matrix begins: an array, and an element of it.
@@ -55,9 +54,9 @@ struct ExpertMatrices {
     int64_t at;
   };
   __device__ Place row(int64_t expert, int64_t i) const {
-    const bool below = i >= first_rows;  // without branches: many are asked for at once
-    const int64_t count = below ? rows - first_rows : first_rows, own = below ? i - first_rows : i;
-    return {below ? second : data, (expert * count + own) * n};
+    if (!second) return {data, (expert * rows + i) * n};
+    if (i < first_rows) return {data, (expert * first_rows + i) * n};
+    return {second, (expert * (rows - first_rows) + i - first_rows) * n};
   }
 };
 

@@ -195,7 +195,7 @@ __device__ inline void store_sums(float (&sums)[4][4][4], const OutTile& out, bo
 }
 
 template <bool b_by_k>
-__global__ void __launch_bounds__(threads) rows_times_experts_mma_tile(GroupedProblem p) {
+__global__ void __launch_bounds__(threads, 2) rows_times_experts_mma_tile(GroupedProblem p) {
   const int64_t col_tiles = (p.n + side - 1) / side, col = blockIdx.x % col_tiles * side;
   const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
   if (tile.expert < 0) return;

@@ -130,11 +130,16 @@ TEST_CASE("trace: FLOPs of attention are those of the scores that the mask leave
   CHECK(flops(2, 5, {.causal = Causal::bottom_right}) == 4 + 5);
 }
 
-TEST_CASE("trace: FLOPs of the experts are those of the chosen slots") {
+TEST_CASE("trace: FLOPs of the experts are those of the chosen slots; sums that are added to are read") {
   nn::MoE moe({.hidden = 8, .expert_ffn = 5, .experts = 4, .top_k = 2});
   const auto events = record([&] { sum(moe(randn({7, 8}))).backward(); });
   CHECK(find(events, "moe_forward").flop == 2 * 7 * 2 * 3 * 5 * 8);
   CHECK(find(events, "moe_backward").flop == 2 * find(events, "moe_forward").flop);
+
+  // A second pass reads the gradients as well as it writes them.
+  const auto again = record([&] { sum(moe(randn({7, 8}))).backward(); });
+  const double gradients = 3 * 4 * 5 * 8 * 4;
+  CHECK(find(again, "moe_backward").bytes == find(events, "moe_backward").bytes + gradients);
 }
 
 TEST_CASE("trace: threads are told apart") {

@@ -133,15 +133,22 @@ TEST_CASE("limits: experts on the tensor cores") {
   const auto weights = [&](const Shape& shape) {
     return (on_device(shape) * 0.1).to(DType::bf16).detach().requires_grad_();
   };
-  const Tensor gate = weights({experts, ffn, features}), up = weights({experts, ffn, features}),
-               down = weights({experts, features, ffn});
+  const Tensors w = {weights({experts, ffn, features}), weights({experts, ffn, features}),
+                     weights({experts, features, ffn})};
   const Tensor slots = arange(tokens * top_k).reshape({tokens, top_k}).to("cuda:0");
   const Tensor chosen = remainder(slots, experts), share = full({tokens, top_k}, 0.5, {DType::bf16, "cuda:0"});
+  const auto pass = [&](const Tensors& m) { sum(moe_experts(x, chosen, share, m[0], m[1], m[2])).backward(); };
   const double rows = tokens * top_k, one = rows * features * ffn / (16.0 * 8 * 16);
   check_limits({{.kernel = "rows_times_experts_mma_tile<false>", .instructions = 11, .mma = 1, .ideal_mma = 3 * one},
                 {.kernel = "rows_times_experts_mma_tile<true>", .instructions = 10.5, .mma = 1, .ideal_mma = 3 * one},
                 {.kernel = "experts_from_rows_mma_tile", .instructions = 10, .mma = 1, .ideal_mma = 3 * one}},
-               [&] { sum(moe_experts(x, chosen, share, gate, up, down)).backward(); });
+               [&] { pass(w); });
+  Tensors wide;
+  for (const Tensor& matrix : w) wide.push_back(matrix.detach().to(DType::f32).requires_grad_());
+  pass(wide);
+  for (const Tensors& held : {w, wide})  // gradients that are added to
+    check_limits({{.kernel = "experts_from_rows_mma_tile", .instructions = 12, .mma = 1, .ideal_mma = 3 * one}},
+                 [&] { pass(held); });
 }
 
 TEST_CASE("limits: one pass over memory") {

@@ -125,6 +125,22 @@ KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& 
     check(matrix.dtype() == (mixed ? DType::f32 : x.dtype()), op, "dtypes differ: x ", x, ", other ", matrix);
 }
 
+/// Appends where the gradients of the next inputs, `parameters`, go: what their leaves hold, to be added to, or new
+/// memory. True where any leaf holds something; the new memory is zeros then.
+KNOCK_FUNC bool append_sums(const autograd::Upstream& up, const Tensors& parameters, Tensors& gradients) {
+  const std::size_t first = gradients.size();
+  bool add = false;
+  for (std::size_t i = first; i < first + parameters.size(); ++i) {
+    gradients.push_back(up.take_grad(static_cast<int64_t>(i)));
+    add = add || gradients.back().defined();
+  }
+  for (std::size_t i = 0; i < parameters.size(); ++i) {
+    Tensor& gradient = gradients[first + i];
+    if (!gradient.defined()) gradient = add ? zeros_like(parameters[i]) : empty_like(parameters[i]);
+  }
+  return add;
+}
+
 }  // namespace detail
 
 KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options) {
@@ -207,13 +223,13 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
             return composite::moe_experts(in[0], indices.get(up_grad), in[1], in[2], in[3], in[4]);
           });
         const Tensor dy = up_grad.dy().contiguous();
-        Tensors grads = {empty_like(x_now), empty_like(s_now), empty_like(gate_now), empty_like(up_now),
-                         empty_like(down_now)};
+        Tensors grads = {empty_like(x_now), empty_like(s_now)};
+        const bool add = detail::append_sums(up_grad, {gate_now, up_now, down_now}, grads);
         kernel(&Backend::moe_backward, "moe_experts", x_now)(
             {x_now.array(), order.array(), offsets.array(), s_now.array(), detail::array_beside(x_now, gate_now),
              detail::array_beside(x_now, up_now), detail::array_beside(x_now, down_now)},
             hidden.array(), dy.array(),
-            {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array()});
+            {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array(), add});
         return grads;
       });
 }
@@ -304,9 +320,10 @@ KNOCK_FUNC Tensor expert_linear(const Tensor& x, const Tensor& indices, const Te
             return composite::expert_linear(in[0], si.get(up), in[1]);
           });
         const Tensor rows = sorted_rows(x_now), dy = index_select(up.dy().reshape({slots, out_features}), 0, order);
-        const Tensor dw = zeros_like(w_now), dx_rows = empty_like(rows);
+        const Tensor held = up.take_grad(1), dw = held.defined() ? held : zeros_like(w_now), dx_rows = empty_like(rows);
         for_each_expert([&](int64_t e, auto&& own) {
-          dw[e].copy_(matmul(own(dy).t(), own(rows)));
+          const Array own_dw = dw[e].array();
+          kernel(&Backend::gemm, "expert_linear", dw)(1, own(dy).t().array(), own(rows).array(), 1, own_dw, own_dw);
           own(dx_rows).copy_(matmul(own(dy), w_now[e]));
         });
         const Tensor dx = index_select(dx_rows, 0, place).reshape({tokens, k, in_features});
