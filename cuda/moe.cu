@@ -144,15 +144,16 @@ __global__ void activate(Experts experts, int64_t ffn, const T* hidden, T* out) 
 
 /// out (N, C) = the sum over a token's slots of weight (N, k; null: 1) times the row of y (rows, C) at the slot's
 /// place.
-template <class T, class C>
+template <class T>
 __global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* weights,
-                          const C* y, T* out) {
+                          const T* y, T* out) {
+  using C = compute_t<T>;
   for (int64_t i = thread_in_grid(); i < tokens * n; i += threads_in_grid()) {
     const int64_t token = i / n, col = i % n;
     C sum = 0;
     for (int64_t slot = token * per_token; slot < (token + 1) * per_token; ++slot) {
       if (place_of[slot] < 0) continue;
-      const C value = y[int64_t{place_of[slot]} * n + col];
+      const C value = static_cast<C>(y[int64_t{place_of[slot]} * n + col]);
       sum += weights ? static_cast<C>(weights[slot]) * value : value;
     }
     out[i] = sum;
@@ -161,9 +162,10 @@ __global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const in
 
 /// A warp to a row. With a = silu(gate) up, s the slot's weight and da (rows, F) the gradient of the unweighted output
 /// times down:  ds = da . a,  weighted = s a,  dhidden = s da times the slopes of a.
-template <class T, class C>
-__global__ void activate_backward(Experts experts, const int64_t* order, int64_t ffn, const T* hidden, const C* da,
+template <class T>
+__global__ void activate_backward(Experts experts, const int64_t* order, int64_t ffn, const T* hidden, const T* da,
                                   const T* weights, T* dhidden, T* weighted, T* dweights) {
+  using C = compute_t<T>;
   const Team<warp_size> team;
   const int64_t rows = experts.offsets[experts.count];
   for (int64_t row = team.index(); row < rows; row += team.count()) {
@@ -173,7 +175,8 @@ __global__ void activate_backward(Experts experts, const int64_t* order, int64_t
     T* const out = dhidden + row * 2 * ffn;
     C sum = 0;
     for (int64_t f = team.lane(); f < ffn; f += warp_size) {
-      const C gate = static_cast<C>(in[f]), up = static_cast<C>(in[ffn + f]), upstream = da[row * ffn + f];
+      const C gate = static_cast<C>(in[f]), up = static_cast<C>(in[ffn + f]),
+              upstream = static_cast<C>(da[row * ffn + f]);
       const C open = math::sigmoid(gate), silu = gate * open;
       sum += upstream * (silu * up);
       weighted[row * ffn + f] = s * (silu * up);
@@ -212,12 +215,11 @@ class Layer {
   }
 
   const int32_t* place_of() const { return places_.as<int32_t>(); }
-  /// The sum over the slots of each token; y (slots, C) in the compute type.
+  /// The sum over the slots of each token; y (slots, C).
   template <class T>
   void add_up(const char* name, const Scratch& y, const T* weights, const Array& out) const {
-    using C = compute_t<T>;
-    launch(name, add_slots<T, C>, grid_for(tokens * features), tokens, per_token, features, place_of(), weights,
-           y.as<const C>(), out.as<T>());
+    launch(name, add_slots<T>, grid_for(tokens * features), tokens, per_token, features, place_of(), weights,
+           y.as<const T>(), out.as<T>());
   }
 
   int64_t tokens, features, ffn, slots, per_token;
@@ -272,37 +274,36 @@ void moe_sort(const Array& indices, const Array& out_order, const Array& out_off
 void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out) {
   dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
     const Layer layer(in);
-    const DType dtype = in.x.dtype, wide = compute_dtype(dtype);
+    const DType dtype = in.x.dtype;
     const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
     rows_times_experts("moe_gate_up", layer.experts, {in.x.data, dtype, layer.features, true},
                        ExpertMatrices(gate.array, up.array), false, out_hidden);
-    const Scratch active(layer.slots * layer.ffn * size_of(dtype)), y(layer.slots * layer.features * size_of(wide));
+    const Scratch active(layer.slots * layer.ffn * size_of(dtype)), y(layer.slots * layer.features * size_of(dtype));
     launch("moe_activate", activate<T>, grid_for(layer.slots * layer.ffn), layer.experts, layer.ffn,
            out_hidden.as<const T>(), active.as<T>());
     rows_times_experts("moe_down", layer.experts, {active.as<void>(), dtype, layer.ffn, false},
-                       ExpertMatrices(down.array), false, matrix(y, wide, layer.slots, layer.features));
+                       ExpertMatrices(down.array), false, matrix(y, dtype, layer.slots, layer.features));
     layer.add_up<T>("moe_add_slots", y, in.weights.as<const T>(), out);
   });
 }
 
 void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) {
   dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
     const Layer layer(in);
-    const DType dtype = in.x.dtype, wide = compute_dtype(dtype);
+    const DType dtype = in.x.dtype;
     const int64_t slots = layer.slots, ffn = layer.ffn, features = layer.features;
     const SortedRows x{in.x.data, dtype, features, true}, upstream{dy.data, dtype, features, true};
     const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
-    const Scratch dactive(slots * ffn * size_of(wide)), dhidden(slots * 2 * ffn * size_of(dtype)),
-        weighted(slots * ffn * size_of(dtype)), dx(slots * features * size_of(wide));
+    const Scratch dactive(slots * ffn * size_of(dtype)), dhidden(slots * 2 * ffn * size_of(dtype)),
+        weighted(slots * ffn * size_of(dtype)), dx(slots * features * size_of(dtype));
     rows_times_experts("moe_down_backward", layer.experts, upstream, ExpertMatrices(down.array), true,
-                       matrix(dactive, wide, slots, ffn));
-    launch("moe_activate_backward", activate_backward<T, C>, grid_for(slots * warp_size), layer.experts, layer.order,
-           ffn, hidden.as<const T>(), dactive.as<const C>(), in.weights.as<const T>(), dhidden.as<T>(),
-           weighted.as<T>(), out.weights.as<T>());
+                       matrix(dactive, dtype, slots, ffn));
+    launch("moe_activate_backward", activate_backward<T>, grid_for(slots * warp_size), layer.experts, layer.order, ffn,
+           hidden.as<const T>(), dactive.as<const T>(), in.weights.as<const T>(), dhidden.as<T>(), weighted.as<T>(),
+           out.weights.as<T>());
     launch("moe_clear_left_out", clear_left_out<T>, grid_for(slots), slots, layer.place_of(), out.weights.as<T>());
     rows_times_experts("moe_gate_up_backward", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false},
-                       ExpertMatrices(gate.array, up.array), true, matrix(dx, wide, slots, features));
+                       ExpertMatrices(gate.array, up.array), true, matrix(dx, dtype, slots, features));
     layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);
     experts_from_rows("moe_gate_up_weights", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false}, x,
                       ExpertMatrices(out.gate, out.up), out.add);
