@@ -3,7 +3,6 @@
 #include "error.hpp"
 
 #include "device.hpp"
-#include "graph.hpp"
 #include "stream.hpp"
 
 #include <array>
@@ -87,6 +86,12 @@ bool is_final(cudaError_t status) {
   fail("cuda", what);
 }
 
+/// Whether the current stream records a graph, in which nothing can be waited for.
+bool is_recorded() {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return cudaStreamIsCapturing(current_stream(), &status) == cudaSuccess && status != cudaStreamCaptureStatusNone;
+}
+
 }  // namespace
 
 void fail_call(cudaError_t status, const char* call) {
@@ -104,7 +109,7 @@ void after_launch(const char* kernel) {
   LaunchLog& log = log_of(current_device());
   log.add(kernel);
   cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess && waits_for_every_launch() && !is_capturing()) {
+  if (status == cudaSuccess && waits_for_every_launch() && !is_recorded()) {
     status = cudaStreamSynchronize(current_stream());
     if (status == cudaSuccess) log.forget();
   }

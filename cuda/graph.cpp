@@ -89,9 +89,7 @@ Recording& recording(void* graph) { return *static_cast<Recording*>(graph); }
 
 }  // namespace
 
-bool is_capturing() { return under_way != nullptr; }
-
-void refuse_in_graph(const char* what) { check(!is_capturing(), "graph", what, " cannot be part of a graph"); }
+void refuse_in_graph(const char* what) { check(!under_way, "graph", what, " cannot be part of a graph"); }
 
 void* begin_capture(int device) {
   refuse_in_graph("a capture within another one");

@@ -3,8 +3,6 @@
 
 namespace knock::cuda {
 
-/// Whether this thread records a graph.
-bool is_capturing();
 /// Error where this thread records a graph: `what` cannot be part of one.
 void refuse_in_graph(const char* what);
 

@@ -127,6 +127,13 @@ TEST_CASE("curves: empty, single, equal and huge values end in a page too") {
   }
 }
 
+TEST_CASE("chart: a line of zeros has an axis of ordinary numbers") {
+  const std::string svg = train::figure({"dropped", "", {{"", "red", {{0, 0}, {1, 0}}}}});
+  CHECK(count(svg, "text-anchor='end'>0</text>") == 1);
+  CHECK(count(svg, "text-anchor='end'>0.5</text>") == 1);
+  CHECK(svg.find("e-") == std::string::npos);
+}
+
 TEST_CASE("curves: a long run is thinned") {
   std::string log;
   for (int step = 1; step <= 20000; ++step) log += text("{\"step\":", step, ",\"loss\":", step % 7, "}\n");

@@ -91,7 +91,8 @@ struct Frame {
       }
     }
     if (x_low == x_high) x_low -= 1, x_high += 1;
-    const double pad = y_low == y_high ? std::max(std::abs(y_low) * 0.1, 1e-9) : (y_high - y_low) * 0.05;
+    const double around_one = y_low == 0 ? 1 : std::abs(y_low) * 0.1;
+    const double pad = y_low == y_high ? around_one : (y_high - y_low) * 0.05;
     y_low -= pad, y_high += pad;
   }
   bool empty() const { return !(x_low <= x_high); }
