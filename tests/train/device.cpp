@@ -171,11 +171,16 @@ TEST_CASE("device: train.cuda_graph where there can be no graph") {
   CHECK(test::error_of([&] { runs.loss("run", "cpu", "train.cuda_graph=true"); }) ==
         "[config] train.cuda_graph needs a CUDA device, and train.device is cpu");
   if (!is_available("cuda:0")) return;
-  train::Config config = runs.config("run", "cuda:0", "train.cuda_graph=true");
-  for (const auto& assignment : {"model.attention=hydra", "model.knock.q=none", "model.knock.k=none",
-                                 "model.knock.v=none", "train.document_mask=true"})  // which hydra reads on the host
-    train::apply_override(config, assignment);
-  CHECK(test::error_of([&] { train::Trainer(config).run(); }) ==
+  using Overrides = std::vector<std::string>;
+  for (const Overrides& reads_on_the_host :
+       {Overrides{"model.attention=hydra", "train.document_mask=true"}, Overrides{"model.attention=moa"}}) {
+    CAPTURE(reads_on_the_host[0]);
+    train::Config config = runs.config("run", "cuda:0", "train.cuda_graph=true");
+    for (const std::string which : {"q", "k", "v"}) train::apply_override(config, "model.knock." + which + "=none");
+    for (const std::string& assignment : reads_on_the_host) train::apply_override(config, assignment);
+    CHECK(
+        test::error_of([&] { train::Trainer(config).run(); }) ==
         "[train] this step cannot be a graph; use train.cuda_graph=false: [graph] reading a tensor on the host (item, "
         "to_vector, to(\"cpu\"), nonzero, ...) cannot be part of a graph");
+  }
 }
