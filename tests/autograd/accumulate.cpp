@@ -167,6 +167,22 @@ TEST_CASE("accumulate: what saved a gradient learns that a later pass changed it
   CHECK(contains(error_of([&] { penalty.backward(); }), "changed in place"));
 }
 
+TEST_CASE("accumulate: an op that fails loses nothing that leaves held") {
+  const Tensor w = leaf({4}, DType::f64), v = leaf({4}, DType::f64);
+  sum(w * 3 + v * 5).backward();
+  const void* const memory = w.grad().raw_data();
+  const Tensor y = autograd::record("failing", ones({4}, {.dtype = DType::f64}), {w, v},
+                                    [](const autograd::Upstream& up) -> Tensors {
+                                      const Tensor of_w = up.take_grad(0), of_v = up.take_grad(1);
+                                      CHECK((of_w.defined() && of_v.defined() && !up.take_grad(0).defined()));
+                                      fail("failing", "out of luck");
+                                    });
+  CHECK(contains(error_of([&] { sum(y).backward(); }), "out of luck"));
+  CHECK(w.grad().raw_data() == memory);
+  CHECK(distance(w.grad(), full({4}, 3, {.dtype = DType::f64})) == 0);
+  CHECK(distance(v.grad(), full({4}, 5, {.dtype = DType::f64})) == 0);
+}
+
 TEST_CASE("accumulate: passes of several threads into one leaf lose nothing") {
   const Tensor w = zeros({8, 4}, {.dtype = DType::f64}).requires_grad_(), x = ones({2, 4}, {.dtype = DType::f64});
   constexpr int each = 200;

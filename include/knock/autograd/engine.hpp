@@ -84,7 +84,7 @@ class BackwardPass {
       return;
     }
     if (!captures_.empty() && !needed_.contains(&node)) return;
-    Tensors out = node.apply(Upstream(node, gradients, captures_.empty()));
+    Tensors out = apply(node, gradients);
     gradients.clear();
     if (!retain_graph_) node.release();
     check(out.size() == node.inputs.size(), node.name(), "backward gave ", out.size(), " gradients for ",
@@ -92,6 +92,16 @@ class BackwardPass {
     for (std::size_t i = 0; i < out.size(); ++i) {
       if (out[i].defined() && node.inputs[i].node) receive(node.inputs[i], std::move(out[i]), node.name());
       out[i] = Tensor();
+    }
+  }
+
+  Tensors apply(Node& node, const Tensors& gradients) const {
+    const Upstream upstream(node, gradients, captures_.empty());
+    try {
+      return node.apply(upstream);
+    } catch (...) {
+      upstream.give_back();
+      throw;
     }
   }
 

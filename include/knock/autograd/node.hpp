@@ -113,6 +113,8 @@ class Upstream {
   /// leaf or has hooks, its grad() is absent, not dense or known to others, or the gradients go elsewhere (`grad`,
   /// create_graph). As Megatron-LM's fused accumulation of weight gradients, for any op.
   Tensor take_grad(int64_t i) const;
+  /// Gives the leaves back what was taken, with what the op may have added: it has failed.
+  void give_back() const;
   /// An error under create_graph: for formulas that cannot themselves be differentiated.
   void no_double_backward(std::string_view instead) const;
 
@@ -122,6 +124,7 @@ class Upstream {
   Node& node_;
   const Tensors& gradients_;
   bool adds_to_leaves_;
+  mutable std::vector<std::pair<int64_t, Tensor>> taken_;  ///< of which inputs
 };
 
 /// An input or constant kept for backward. Using it after an in-place write to its storage is an error.
@@ -396,7 +399,17 @@ KNOCK_FUNC Tensor Upstream::dy(int64_t i) const {
 
 KNOCK_FUNC Tensor Upstream::take_grad(int64_t i) const {
   if (!adds_to_leaves_ || !needs(i) || is_recording()) return {};
-  return node_.inputs[static_cast<std::size_t>(i)].node->take_grad(node_.name());
+  Tensor sum = node_.inputs[static_cast<std::size_t>(i)].node->take_grad(node_.name());
+  if (sum.defined()) taken_.emplace_back(i, sum);
+  return sum;
+}
+
+KNOCK_FUNC void Upstream::give_back() const {
+  for (auto& [i, sum] : taken_) {
+    Node& leaf = *node_.inputs[static_cast<std::size_t>(i)].node;
+    const Tensors part{std::move(sum)};
+    leaf.apply(Upstream(leaf, part));
+  }
 }
 
 KNOCK_FUNC void Upstream::no_double_backward(std::string_view instead) const {
