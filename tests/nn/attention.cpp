@@ -305,7 +305,10 @@ TEST_CASE("attention: a later token changes no earlier output") {
     const Tensor changed = x.clone();
     changed.narrow(1, 5, 1).fill_(3);
     const Tensor a = block->forward(x), b = block->forward(changed);
-    CHECK(same_bits(a.narrow(1, 0, 5).contiguous(), b.narrow(1, 0, 5).contiguous()));
+    const Tensor earlier = a.narrow(1, 0, 5).contiguous(), again = b.narrow(1, 0, 5).contiguous();
+    // An expert of moa multiplies the rows of all tokens that chose it, and the order of a sum depends on how many.
+    const bool rows_vary = o.variant == AttentionVariant::moa;
+    CHECK((rows_vary ? distance(earlier, again) <= 1e-14 : same_bits(earlier, again)));
     CHECK(distance(a.narrow(1, 5, 3), b.narrow(1, 5, 3)) > 1e-3);
   }
 }
