@@ -63,7 +63,7 @@ std::vector<Layer> layers(DType dtype) {
        [](const Tensor& w, int64_t pass) { return embedding(remainder(arange(11) * (pass + 2), 6), w); }},
       {"tied embedding",
        {6, 5},
-       [x](const Tensor& w, int64_t pass) { return linear(embedding(remainder(arange(11) * (pass + 2), 6), w), w); }},
+       [](const Tensor& w, int64_t pass) { return linear(embedding(remainder(arange(11) * (pass + 2), 6), w), w); }},
       {"linear_cross_entropy",
        {9, 5},
        [x](const Tensor& w, int64_t pass) {
