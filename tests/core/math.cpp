@@ -74,6 +74,15 @@ TEST_CASE("math: f32 functions are accurate over all of f32") {
   CHECK_ACCURATE(cos, 1.7);
 }
 
+TEST_CASE("math: powers of two below 1") {
+  const Accuracy result = accuracy([](float x) { return math::exp2_down(-std::fabs(x)); },
+                                   [](double x) { return std::fabs(x) > 126 ? 0.0 : std::exp2(-std::fabs(x)); });
+  INFO(result.worst_ulp, " ulp at ", result.at, ", wrong ", result.wrong);
+  CHECK(result.worst_ulp < 1.1);
+  CHECK(result.worst_ulp > 0.4);
+  CHECK(result.wrong == 0);
+}
+
 TEST_CASE("math: edges of exp and its kin") {
   CHECK(math::exp(0.0F) == 1.0F);
   CHECK(math::exp(88.72283F) < infinity);
@@ -88,6 +97,13 @@ TEST_CASE("math: edges of exp and its kin") {
   for (float x = 0; x > -110; x -= 0.0137F) same = same && math::exp_down(x) == math::exp(x);
   CHECK(same);
   CHECK(math::exp_down(-infinity) == 0.0F);
+  CHECK(math::exp2_down(0.0F) == 1.0F);
+  CHECK(math::exp2_down(-0.0F) == 1.0F);
+  CHECK(math::exp2_down(-1.0F) == 0.5F);
+  CHECK(math::exp2_down(-126.0F) == 0x1p-126F);
+  CHECK(math::exp2_down(std::nextafter(-126.0F, -infinity)) == 0.0F);
+  CHECK(math::exp2_down(-infinity) == 0.0F);
+  CHECK(std::isnan(math::exp2_down(quiet_nan)));
   CHECK(math::expm1(-infinity) == -1.0F);
   CHECK(math::expm1(infinity) == infinity);
   CHECK(math::log(0x1p-149F) == doctest::Approx(-149 * 0.693147180559945));

@@ -182,12 +182,22 @@ Matrix<T> head_of(const Array& x, int64_t b, int64_t h) {
   return {x.as<T>() + b * x.strides[0] + h * x.strides[1], x.strides[2], x.strides[3]};
 }
 
+/// Asks for row i of x (rows, n) to be loaded. The rows of a head lie apart in memory, where processors do not look
+/// ahead.
+template <class T>
+void prefetch_row(Matrix<const T> x, int64_t i, int64_t rows, int64_t n) {
+  if (i >= rows || x.col_stride != 1) return;
+  for (int64_t d = 0; d < n; d += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(&x(i, d));
+}
+inline constexpr int64_t rows_ahead = 8;
+
 /// Rows [0, rows) of x (rows, n) as units along their features, `stride` units a row, zeros behind.
 template <class P, class T>
 void rows_along(Matrix<const T> x, int64_t rows, int64_t n, int64_t stride, P* first) {
   vectorized([&] {
     P* to = first;
     for (int64_t i = 0; i < rows; ++i, to += stride) {
+      prefetch_row(x, i + rows_ahead, rows, n);
       if (x.col_stride == 1) {
         units_along_k<T, P>(x.data + i * x.row_stride, n, to);
       } else {
@@ -227,6 +237,7 @@ template <class T, class C>
 void copy_out(const C* from, int64_t stride, int64_t rows, int64_t n, Matrix<T> to) {
   vectorized([&] {
     for (int64_t i = 0; i < rows; ++i, from += stride) {
+      prefetch_row(Matrix<const T>(to), i + rows_ahead, rows, n);
       T* const row = to.data + i * to.row_stride;
       if (to.col_stride == 1) {
         KNOCK_SIMD
@@ -283,75 +294,62 @@ void add_scaled(int64_t n, C weight, const T* x, int64_t step, C* to) {
   for (int64_t d = 0; d < n; ++d) to[d] += weight * static_cast<C>(x[d * step]);
 }
 
-/// Row loops over scores, compiled once per instruction set.
+/// Attention computes powers of 2: its scores are scaled by log2(e) with the rest.
+inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
+
+/// Row loops over n scores, a multiple of 16, that are in units of ln 2; compiled once per instruction set.
 template <class C>
 struct ScoreRows {
-  /// Adds exp(s - m) of n scores to `sum`, where m = max(largest, all s) becomes the new `largest`; s becomes the
-  /// exponentials. Returns exp(old largest - m), by which earlier sums shrink.
+  /// Adds 2^(s - m) of all scores to `sum`, where m = max(largest, all s) becomes the new `largest`; s becomes the
+  /// powers. Returns 2^(old largest - m), by which earlier sums shrink.
   C (*forward)(int64_t n, C* s, C& largest, C& sum);
-  /// s becomes p = exp(s - log_sum_exp), and dp becomes p (dp - delta).
-  void (*backward)(int64_t n, C* s, C* dp, C log_sum_exp, C delta);
+  /// s becomes p = 2^(s - log_sum), and dp becomes p (dp - delta).
+  void (*backward)(int64_t n, C* s, C* dp, C log_sum, C delta);
   /// The same where s is not -inf; where it is both become 0, even if the others are NaN.
-  void (*backward_masked)(int64_t n, C* s, C* dp, C log_sum_exp, C delta);
+  void (*backward_masked)(int64_t n, C* s, C* dp, C log_sum, C delta);
   /// Scores of keys of other documents become -inf.
   void (*hide_others)(int64_t n, const int32_t* number, int32_t own, C* s);
 };
 
-#define KNOCK_SCORE_ROWS(name, target)                                                                  \
-  template <class C>                                                                                    \
-  target C forward_row_##name(int64_t n, C* s, C& largest, C& sum) {                                    \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
-    constexpr int64_t lanes = 16;                                                                       \
-    C tops[lanes], partial[lanes] = {};                                                                 \
-    int64_t j = 0;                                                                                      \
-    std::fill(tops, tops + lanes, largest);                                                             \
-    for (; j + lanes <= n; j += lanes) {                                                                \
-      KNOCK_SIMD                                                                                        \
-      for (int64_t i = 0; i < lanes; ++i) tops[i] = s[j + i] > tops[i] ? s[j + i] : tops[i];            \
-    }                                                                                                   \
-    for (; j < n; ++j) tops[0] = s[j] > tops[0] ? s[j] : tops[0];                                       \
-    for (int64_t half = lanes / 2; half > 0; half /= 2) {                                               \
-      KNOCK_SIMD                                                                                        \
-      for (int64_t i = 0; i < half; ++i) tops[i] = tops[i + half] > tops[i] ? tops[i + half] : tops[i]; \
-    }                                                                                                   \
-    const C top = tops[0], shift = top == -infinity ? C(0) : top;                                       \
-    for (j = 0; j + lanes <= n; j += lanes) {                                                           \
-      KNOCK_SIMD                                                                                        \
-      for (int64_t i = 0; i < lanes; ++i) {                                                             \
-        const C p = math::exp_down(s[j + i] - shift);                                                   \
-        s[j + i] = p;                                                                                   \
-        partial[i] += p;                                                                                \
-      }                                                                                                 \
-    }                                                                                                   \
-    for (int64_t i = 0; j < n; ++j, ++i) {                                                              \
-      s[j] = math::exp_down(s[j] - shift);                                                              \
-      partial[i] += s[j];                                                                               \
-    }                                                                                                   \
-    for (int64_t half = lanes / 2; half > 0; half /= 2) {                                               \
-      KNOCK_SIMD                                                                                        \
-      for (int64_t i = 0; i < half; ++i) partial[i] += partial[i + half];                               \
-    }                                                                                                   \
-    const C shrink = largest == top ? C(1) : math::exp_down(largest - shift);                           \
-    sum = sum * shrink + partial[0];                                                                    \
-    largest = top;                                                                                      \
-    return shrink;                                                                                      \
-  }                                                                                                     \
-  template <class C, bool masked>                                                                       \
-  target void backward_row_##name(int64_t n, C* s, C* dp, C lse, C delta) {                             \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
-    KNOCK_SIMD                                                                                          \
-    for (int64_t j = 0; j < n; ++j) {                                                                   \
-      const bool hidden = masked && s[j] == -infinity;                                                  \
-      const C p = math::exp_down(s[j] - lse), ds = p * (dp[j] - delta);                                 \
-      s[j] = hidden ? C(0) : p;                                                                         \
-      dp[j] = hidden ? C(0) : ds;                                                                       \
-    }                                                                                                   \
-  }                                                                                                     \
-  template <class C>                                                                                    \
-  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) {                 \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                                          \
-    KNOCK_SIMD                                                                                          \
-    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;                         \
+#define KNOCK_SCORE_ROWS(name, target)                                                  \
+  template <class C>                                                                    \
+  target C forward_row_##name(int64_t n, C* s, C& largest, C& sum) {                    \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
+    const C top = row_max(s, n, largest), shift = top == -infinity ? C(0) : top;        \
+    C partial[row_lanes] = {};                                                          \
+    for (int64_t j = 0; j < n; j += row_lanes) {                                        \
+      KNOCK_SIMD                                                                        \
+      for (int64_t i = 0; i < row_lanes; ++i) {                                         \
+        const C p = math::exp2_down(s[j + i] - shift);                                  \
+        s[j + i] = p;                                                                   \
+        partial[i] += p;                                                                \
+      }                                                                                 \
+    }                                                                                   \
+    for (int64_t half = row_lanes / 2; half > 0; half /= 2) {                           \
+      KNOCK_SIMD                                                                        \
+      for (int64_t i = 0; i < half; ++i) partial[i] += partial[i + half];               \
+    }                                                                                   \
+    const C shrink = largest == top ? C(1) : math::exp2_down(largest - shift);          \
+    sum = sum * shrink + partial[0];                                                    \
+    largest = top;                                                                      \
+    return shrink;                                                                      \
+  }                                                                                     \
+  template <class C, bool masked>                                                       \
+  target void backward_row_##name(int64_t n, C* s, C* dp, C log_sum, C delta) {         \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
+    KNOCK_SIMD                                                                          \
+    for (int64_t j = 0; j < n; ++j) {                                                   \
+      const bool hidden = masked && s[j] == -infinity;                                  \
+      const C p = math::exp2_down(s[j] - log_sum), ds = p * (dp[j] - delta);            \
+      s[j] = hidden ? C(0) : p;                                                         \
+      dp[j] = hidden ? C(0) : ds;                                                       \
+    }                                                                                   \
+  }                                                                                     \
+  template <class C>                                                                    \
+  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) { \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
+    KNOCK_SIMD                                                                          \
+    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;         \
   }
 
 #ifdef __clang__  // says so when it leaves one of the loops scalar: those in f64
@@ -437,18 +435,11 @@ struct Attention {
     return strip_start(count, strips, s, kernels.multiple);
   }
 
-  /// Scores that a row loop takes: those of `own`, rounded up to whole vectors where the row of `size` scores, which
-  /// begins at key `start`, has room. What is beyond is overwritten.
-  static int64_t padded_row(Range own, int64_t start, int64_t size) {
-    const int64_t padded = (own.size() + 15) / 16 * 16;
-    return own.begin - start + padded <= size ? padded : own.size();
-  }
-
   /// Whether keys in a query's range may be hidden.
   bool masked(const Visible& visible) const { return mask.defined() || visible.documents.scattered; }
 
-  /// Adds a floating mask to scores of query i and the keys of `range`, and makes hidden ones -inf; s is the score of
-  /// the first one.
+  /// Adds a floating mask to scores (in units of ln 2) of query i and the keys of `range`, and makes hidden ones -inf;
+  /// s is the score of the first one.
   void apply_masks(const Visible& visible, int64_t b, int64_t h, int64_t i, Range range, C* s) const {
     constexpr C infinity = std::numeric_limits<C>::infinity();
     if (mask.defined()) {
@@ -462,7 +453,7 @@ struct Attention {
           const M* added = mask.as<M>() + first + range.begin * step;
           for (int64_t j = 0; j < range.size(); ++j) {
             const C more = static_cast<C>(added[j * step]);
-            s[j] = more == -infinity ? -infinity : s[j] + more;
+            s[j] = more == -infinity ? -infinity : s[j] + more * static_cast<C>(log2_e);
           }
         });
       }
@@ -479,14 +470,20 @@ struct Attention {
     return score != -std::numeric_limits<C>::infinity();
   }
 
-  /// k_count = D = 0 leaves every score 0.
+  /// In units of ln 2. k_count = D = 0 leaves every score 0.
   void scores_of(int64_t rows_count, int64_t n, const P* q_rows, int64_t q_stride, Packed<P> keys_packed, int64_t col,
                  C* s, int64_t stride) const {
     if (depth == 0)
       for (int64_t i = 0; i < rows_count; ++i) std::fill(s + i * stride, s + i * stride + n, C(0));
-    product_packed(rows_count, n, depth, static_cast<C>(scores.scale), q_rows, q_stride, keys_packed, col, s, stride);
+    product_packed(rows_count, n, depth, static_cast<C>(scores.scale * log2_e), q_rows, q_stride, keys_packed, col, s,
+                   stride);
   }
 };
+
+/// Numbers [0, n) of a row in whole groups of row_lanes around `own`.
+inline Range whole_lanes(Range own) {
+  return {own.begin / row_lanes * row_lanes, (own.end + row_lanes - 1) / row_lanes * row_lanes};
+}
 
 /// Clears s[0, n) outside [keep.begin, keep.end).
 template <class C>
@@ -544,9 +541,10 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
         C* const line = s + r * key_tile;
         if (!own.empty()) {
           if (masked) a.apply_masks(visible, b, h, tile.begin + i, own, line + own.begin - start);
-          const int64_t padded = a.padded_row(own, start, key_tile);
-          std::fill(line + own.end - start, line + own.begin - start + padded, -std::numeric_limits<C>::infinity());
-          const C shrink = a.rows.forward(padded, line + own.begin - start, m[i], l[i]);
+          const Range places{own.begin - start, own.end - start}, lanes = whole_lanes(places);
+          std::fill(line + lanes.begin, line + places.begin, -std::numeric_limits<C>::infinity());
+          std::fill(line + places.end, line + lanes.end, -std::numeric_limits<C>::infinity());
+          const C shrink = a.rows.forward(lanes.size(), line + lanes.begin, m[i], l[i]);
           if (shrink != 1)
             for (int64_t d = 0; d < a.value_cols; ++d) sum[i * a.value_cols + d] *= shrink;
         }
@@ -573,7 +571,7 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
       C* const row = sum + i * a.value_cols;
       KNOCK_SIMD
       for (int64_t d = 0; d < a.value_depth; ++d) row[d] = blind ? C(0) : row[d] * factor;
-      log_sum_exp[i] = blind ? std::numeric_limits<C>::infinity() : m[i] + std::log(l[i]);
+      log_sum_exp[i] = blind ? std::numeric_limits<C>::infinity() : m[i] * static_cast<C>(ln_2) + std::log(l[i]);
     }
   });
   copy_out(sum, a.value_cols, count, a.value_depth, out);
@@ -617,11 +615,13 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
   vectorized([&] {
     for (int64_t i = 0; i < a.queries; ++i) {
       bad_queries[i] |= bad_dout[i];
+      prefetch_row(out, i + rows_ahead, a.queries, a.value_depth);
       const T *const dy = &dout(i, 0), *const y = &out(i, 0);
-      const auto term = [&](int64_t d) {
-        return static_cast<C>(dy[d * dout.col_stride]) * static_cast<C>(y[d * out.col_stride]);
+      const auto dot = [&](int64_t dy_step, int64_t y_step) {
+        return row_sum<C>(a.value_depth,
+                          [&](int64_t d) { return static_cast<C>(dy[d * dy_step]) * static_cast<C>(y[d * y_step]); });
       };
-      delta[i] = row_sum<C>(a.value_depth, term);
+      delta[i] = dout.col_stride == 1 && out.col_stride == 1 ? dot(1, 1) : dot(dout.col_stride, out.col_stride);
     }
   });
   rows_across(q_head, a.queries, a.depth, dc, bad_queries, q_across.data());
@@ -662,9 +662,9 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
           C *const p_row = p_sums + r * key_tile, *const ds_row = ds_sums + r * key_tile;
           if (!own.empty()) {
             if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
-            (masked ? a.rows.backward_masked : a.rows.backward)(a.padded_row(own, start, key_tile),
-                                                                p_row + own.begin - start, ds_row + own.begin - start,
-                                                                log_sum_exp[i], delta[i]);
+            const Range lanes = whole_lanes({own.begin - start, own.end - start});
+            (masked ? a.rows.backward_masked : a.rows.backward)(lanes.size(), p_row + lanes.begin, ds_row + lanes.begin,
+                                                                log_sum_exp[i] * static_cast<C>(log2_e), delta[i]);
           }
           clear_outside(p_row, key_tile, {own.begin - start, own.end - start});
           clear_outside(ds_row, key_tile, {own.begin - start, own.end - start});

@@ -69,14 +69,6 @@ using MicroKernel = void (*)(int64_t k, const P* a, int64_t a_row, int64_t a_ste
 
 inline constexpr int max_micro_rows = 32;
 
-/// A vector of `bytes` as the compiler knows it, and the same at any address.
-template <class T, int bytes>
-struct VectorOf {
-  typedef T Type __attribute__((vector_size(bytes)));
-  typedef T Unaligned __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
-  static constexpr int lanes = bytes / static_cast<int>(sizeof(T));
-};
-
 #if KNOCK_X86
 /// Two vectors of float, rounded to bf16.
 typedef uint16_t RoundedPair __attribute__((vector_size(64), aligned(2), may_alias));

@@ -56,6 +56,14 @@ void vectorized(const Body& body) {
   body();
 }
 
+/// A vector of `bytes` as the compiler knows it, and the same at any address.
+template <class T, int bytes>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(bytes)));
+  typedef T Unaligned __attribute__((vector_size(bytes), aligned(alignof(T)), may_alias));
+  static constexpr int lanes = bytes / static_cast<int>(sizeof(T));
+};
+
 }  // namespace knock::cpu
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_CPU_ISA)
