@@ -297,12 +297,19 @@ inline double read_bandwidth() {
   });
 }
 
-/// The processor's name.
+/// The processor's name, with family and model where there are such: virtual machines often leave no more of a name
+/// than "AMD EPYC".
 inline std::string machine() {
   std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
-  return "unknown processor";
+  std::string name = "unknown processor", family, model;
+  for (std::string line; std::getline(file, line) && !line.empty();) {  // of the first processor
+    const std::string key = line.substr(0, line.find_last_not_of(" \t", line.find(':') - 1) + 1);
+    const std::string value = line.substr(std::min(line.size(), line.find(':') + 2));
+    if (key == "model name") name = value;
+    if (key == "cpu family") family = value;
+    if (key == "model") model = value;
+  }
+  return family.empty() ? name : name + " (family " + family + ", model " + model + ")";
 }
 
 /// Largest resident memory of this process so far.
