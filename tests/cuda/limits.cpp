@@ -2,7 +2,6 @@
 // idle lanes, instructions for each product on the tensor cores. A change that makes a kernel worse fails here.
 
 #include <knock/autograd/engine.hpp>
-#include <knock/models/moe_lm.hpp>
 #include <knock/ops/attention.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/inplace.hpp>
@@ -23,6 +22,8 @@
 
 #include <doctest/doctest.h>
 #include <counters.hpp>
+
+#include <support/tiny_lm.hpp>
 
 using namespace knock;
 
@@ -198,10 +199,7 @@ TEST_CASE("limits: optimizers, in at most two launches for any number of tensors
 }
 
 TEST_CASE("limits: launches of a training step") {
-  models::MoeLmConfig c{.vocab_size = 64, .hidden = 32, .layers = 2, .q_heads = 4, .kv_heads = 2, .head_dim = 16};
-  c.knock = {.q = nn::Knock::linear, .k = nn::Knock::linear, .v = nn::Knock::mlp};
-  c.experts = 4, c.top_k = 2, c.expert_ffn = 16, c.dense_layers = 1, c.dense_ffn = 48;
-  models::MoeLm model(c);
+  models::MoeLm model(test::tiny_lm());
   model.to("cuda:0");
   model.set_compute_dtype(DType::bf16);
   const Tensor tokens = randint(0, 64, {2, 17}).to("cuda:0"), inputs = tokens.narrow(1, 0, 16).contiguous(),

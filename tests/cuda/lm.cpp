@@ -1,10 +1,11 @@
 // Language models of every attention kind: five steps of training on the device and on the CPU, from the same weights.
 
-#include <knock/models/moe_lm.hpp>
 #include <knock/optim/adamw.hpp>
 #include <knock/optim/clip.hpp>
 
 #include <doctest/doctest.h>
+
+#include <support/tiny_lm.hpp>
 
 using namespace knock;
 
@@ -22,15 +23,8 @@ nn::KnockOptions knocks(nn::AttentionVariant kind) {
 }
 
 models::MoeLmConfig tiny(nn::AttentionVariant kind) {
-  models::MoeLmConfig c{.vocab_size = 64,
-                        .hidden = 32,
-                        .layers = 2,
-                        .q_heads = 4,
-                        .kv_heads = 2,
-                        .head_dim = 16,
-                        .attention = kind,
-                        .knock = knocks(kind)};
-  c.experts = 4, c.top_k = 2, c.expert_ffn = 16, c.dense_layers = 1, c.dense_ffn = 48;
+  models::MoeLmConfig c = test::tiny_lm();
+  c.attention = kind, c.knock = knocks(kind);
   return c;
 }
 

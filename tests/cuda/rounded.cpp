@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 #include <support/compare.hpp>
+#include <support/tiny_lm.hpp>
 
 using namespace knock;
 using test::same_bits;
@@ -247,16 +248,8 @@ TEST_CASE("rounded: replays of graphs read no stale copy, and leave none") {
 }
 
 TEST_CASE("rounded: experts and the loss of logits read it too; a steady step of a model rounds no weight") {
-  models::MoeLmConfig c{.vocab_size = 64,
-                        .hidden = 32,
-                        .layers = 2,
-                        .q_heads = 4,
-                        .kv_heads = 2,
-                        .head_dim = 16,
-                        .knock = {.q = nn::Knock::linear, .k = nn::Knock::linear, .v = nn::Knock::mlp}};
-  c.experts = 4, c.top_k = 2, c.expert_ffn = 16, c.dense_layers = 1, c.dense_ffn = 48;
   manual_seed(3);
-  models::MoeLm model(c);
+  models::MoeLm model(test::tiny_lm());
   model.to(gpu);
   model.set_compute_dtype(DType::bf16);
   const Tensor tokens = randint(0, 64, {2, 17}).to(gpu), inputs = tokens.narrow(1, 0, 16).contiguous(),
