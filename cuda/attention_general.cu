@@ -1,34 +1,15 @@
 // Attention by fused multiply-adds: every floating dtype, head dimension up to 256, and stride. f64 computes in f64,
 // the others in f32.
 //
-// A block of 128 threads makes a tile of 16 R rows: lane c = t % 8 of group r = t / 8 holds rows r R .. r R + R - 1 of
-// it, of scores the columns c + 8 j, and of rows of D features the 16-byte pieces c + 8 e. Tiles of operands lie in
-// shared memory, their rows 16 bytes longer than D, so that eight lanes which read eight rows meet different banks.
+// A block makes a tile of rows as multiply_add.cuh has it, with columns of scores.
 
 #include "attention.cuh"
 #include "iterate.cuh"
 #include "launch.cuh"
+#include "multiply_add.cuh"
 
 namespace knock::cuda {
 namespace {
-
-constexpr int threads = 128;
-
-/// 16 bytes of C.
-template <class C>
-struct alignas(16) Piece {
-  static constexpr int size = 16 / static_cast<int>(sizeof(C));
-  C at[size];
-};
-
-/// How a kernel for C and up to D features is cut: R rows a thread, and J columns of scores.
-template <class C, int D, int R, int J>
-struct Cut {
-  using Element = C;
-  static constexpr int features = D, rows = 16 * R, columns = 8 * J, rows_a_thread = R, columns_a_thread = J;
-  static constexpr int piece = Piece<C>::size, pieces = D / (8 * piece);  ///< of a row, that one lane holds
-  static constexpr int row_length = D + piece, score_length = columns + piece;
-};
 
 /// Copies `count` rows of head (b, h) from row `first` on; zeros where there is no row or feature. Returns whether this
 /// thread met a NaN or an infinity.
@@ -37,7 +18,7 @@ __device__ bool load_tile(typename Shape::Element* to, int count, const Heads& f
                           int64_t first, int64_t rows, int depth) {
   using C = typename Shape::Element;
   bool odd = false;
-  for (int at = static_cast<int>(threadIdx.x); at < count * Shape::features; at += threads) {
+  for (int at = static_cast<int>(threadIdx.x); at < count * Shape::features; at += tile_threads) {
     const int row = at / Shape::features, col = at % Shape::features;
     C value = 0;
     if (first + row < rows && col < depth)
@@ -48,63 +29,14 @@ __device__ bool load_tile(typename Shape::Element* to, int count, const Heads& f
   return odd;
 }
 
-/// products[i][j] = a's row (r R + i) times b's row (c + 8 j)
-template <class Shape, int R, int J>
-__device__ void multiply_rows(const typename Shape::Element* a, const typename Shape::Element* b,
-                              typename Shape::Element (&products)[R][J]) {
-  using C = typename Shape::Element;
-  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < J; ++j) products[i][j] = 0;
-#pragma unroll 4
-  for (int d = 0; d < Shape::features; d += Piece<C>::size) {
-    Piece<C> left[R], right[J];
-#pragma unroll
-    for (int i = 0; i < R; ++i)
-      left[i] = *reinterpret_cast<const Piece<C>*>(a + (group * R + i) * Shape::row_length + d);
-#pragma unroll
-    for (int j = 0; j < J; ++j)
-      right[j] = *reinterpret_cast<const Piece<C>*>(b + (lane + 8 * j) * Shape::row_length + d);
-#pragma unroll
-    for (int i = 0; i < R; ++i)
-#pragma unroll
-      for (int j = 0; j < J; ++j)
-#pragma unroll
-        for (int e = 0; e < Piece<C>::size; ++e) products[i][j] += left[i].at[e] * right[j].at[e];
-  }
-}
-
-/// sums[i] += sum over the columns j of weight (r R + i, j) times row j of b. Terms of which `counts(i, j)` is false
-/// are left out.
-template <class Shape, int R, class Counts>
-__device__ void add_rows(const typename Shape::Element* weights, const typename Shape::Element* b,
-                         Piece<typename Shape::Element> (&sums)[R][Shape::pieces], Counts&& counts) {
-  using C = typename Shape::Element;
-  const int group = static_cast<int>(threadIdx.x) / 8, lane = static_cast<int>(threadIdx.x) % 8;
-  for (int j = 0; j < Shape::columns; ++j) {
-#pragma unroll
-    for (int i = 0; i < R; ++i) {
-      if (!counts(group * R + i, j)) continue;
-      const C weight = weights[(group * R + i) * Shape::score_length + j];
-#pragma unroll
-      for (int e = 0; e < Shape::pieces; ++e) {
-        const auto right =
-            *reinterpret_cast<const Piece<C>*>(b + j * Shape::row_length + (lane + 8 * e) * Piece<C>::size);
-#pragma unroll
-        for (int x = 0; x < Piece<C>::size; ++x) sums[i][e].at[x] += weight * right.at[x];
-      }
-    }
-  }
-}
-
 /// The same; what is hidden is left out when b holds a NaN or an infinity, and is 0 anyway otherwise.
 template <class Shape, int R, class Seen>
 __device__ void add_seen_rows(bool odd, const typename Shape::Element* weights, const typename Shape::Element* b,
                               Piece<typename Shape::Element> (&sums)[R][Shape::pieces], Seen&& seen) {
   if (odd) {
-    add_rows<Shape>(weights, b, sums, seen);
+    add_rows<Shape, Shape::score_length>(weights, b, sums, seen);
   } else {
-    add_rows<Shape>(weights, b, sums, [](int, int) { return true; });
+    add_rows<Shape, Shape::score_length>(weights, b, sums, [](int, int) { return true; });
   }
 }
 
@@ -128,18 +60,6 @@ __device__ void store_rows(const Heads& to, int64_t b, int64_t h, int64_t first,
           store_wide<C>(to.data, to.dtype, to.row(b, h, row) + col * to.col_stride, sums[i][e].at[x] * factor[i]);
       }
   }
-}
-
-/// The largest value, and the sum, over the eight lanes of a group.
-template <class C>
-__device__ C largest_of_group(C x) {
-  for (int distance = 1; distance < 8; distance *= 2) x = max(x, __shfl_xor_sync(0xffffffffU, x, distance));
-  return x;
-}
-template <class C>
-__device__ C sum_of_group(C x) {
-  for (int distance = 1; distance < 8; distance *= 2) x += __shfl_xor_sync(0xffffffffU, x, distance);
-  return x;
 }
 
 /// Which tile of which head a block makes.
@@ -175,7 +95,7 @@ struct Scores {
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
 template <class Shape>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(tile_threads, 2)
     attention_forward_general(AttentionProblem p, Heads out, typename Shape::Element* log_sum_exp, Redo redo) {
   using C = typename Shape::Element;
   constexpr int R = Shape::rows_a_thread, J = Shape::columns_a_thread;
@@ -240,11 +160,12 @@ __global__ void __launch_bounds__(threads, 2)
 
 /// delta (B, Hq, Tq) = rowsum(dout * out), a warp to a row.
 template <class C>
-__global__ void __launch_bounds__(threads) attention_delta_rows(AttentionProblem p, Heads out, Heads dout, C* delta) {
+__global__ void __launch_bounds__(tile_threads)
+    attention_delta_rows(AttentionProblem p, Heads out, Heads dout, C* delta) {
   const int64_t rows = p.batch * p.q_heads * p.queries;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int64_t row = (blockIdx.x * int64_t{threads} + threadIdx.x) / 32; row < rows;
-       row += gridDim.x * (threads / 32)) {
+  for (int64_t row = (blockIdx.x * int64_t{tile_threads} + threadIdx.x) / 32; row < rows;
+       row += gridDim.x * (tile_threads / 32)) {
     const int64_t b = row / p.queries / p.q_heads, h = row / p.queries % p.q_heads, i = row % p.queries;
     C sum = 0;
     for (int d = lane; d < p.v_depth; d += 32)
@@ -269,7 +190,7 @@ __device__ C score_gradient(C weight, C dweight, C delta) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(tile_threads, 2)
     attention_dq_general(AttentionProblem p, Upstream<typename Shape::Element> up, Heads dq, Redo redo) {
   using C = typename Shape::Element;
   constexpr int R = Shape::rows_a_thread, J = Shape::columns_a_thread;
@@ -322,7 +243,7 @@ __global__ void __launch_bounds__(threads, 2)
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(threads, 2)
+__global__ void __launch_bounds__(tile_threads, 2)
     attention_dkv_general(AttentionProblem p, Upstream<typename Shape::Element> up, Heads dk, Heads dv, Redo redo) {
   using C = typename Shape::Element;
   constexpr int R = Shape::rows_a_thread, J = Shape::columns_a_thread;
@@ -385,7 +306,7 @@ template <class Shape>
 Grid grid(int64_t blocks, int row_tiles, int column_tiles, int score_tiles) {
   const int numbers = (row_tiles * Shape::rows + column_tiles * Shape::columns) * Shape::row_length +
                       score_tiles * Shape::rows * Shape::score_length;
-  return {blocks, threads, numbers * static_cast<int>(sizeof(typename Shape::Element))};
+  return {blocks, tile_threads, numbers * static_cast<int>(sizeof(typename Shape::Element))};
 }
 
 /// The cut for C and D: as many rows as registers and shared memory hold.
@@ -429,8 +350,8 @@ void attention_general(const AttentionProblem& p, const Array& out, const Array&
 void attention_delta(const AttentionProblem& p, const Array& out, const Array& dout, const Array& delta) {
   const auto with_type = [&]<class C>(Type<C>) {
     launch("attention_delta", attention_delta_rows<C>,
-           grid_of_blocks(tiles_of(p.batch * p.q_heads * p.queries, threads / 32), threads), p, Heads(out), Heads(dout),
-           delta.as<C>());
+           grid_of_blocks(tiles_of(p.batch * p.q_heads * p.queries, tile_threads / 32), tile_threads), p, Heads(out),
+           Heads(dout), delta.as<C>());
   };
   if (p.q.dtype == DType::f64) return with_type(Type<double>{});
   with_type(Type<float>{});

@@ -9,10 +9,12 @@ namespace knock::cuda {
 
 inline constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
-/// Where piece `piece` of row `row` lies in a tile of D features.
+/// Where piece `piece` of row `row` lies in a tile of D features, a multiple of 16: runs of up to 8 pieces that divide
+/// the row are permuted.
 template <int D>
 __device__ int place(int row, int piece) {
-  return row * D + (piece ^ (D >= 64 ? row & 7 : row >> 1 & 3)) * 8;
+  constexpr int pieces = D / 8, run = pieces % 8 == 0 ? 8 : pieces & -pieces;
+  return row * D + (piece ^ ((row & 7) / (8 / run))) * 8;
 }
 
 /// A warp's left operand: rows [row, row + 16), features [16 step, 16 step + 16).

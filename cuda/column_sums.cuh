@@ -44,11 +44,8 @@ __global__ void __launch_bounds__(team_threads) add_row_parts(const C* partial, 
 template <class C>
 class PartialSums {
  public:
-  PartialSums(const RowParts& parts, int64_t n, bool wanted)
-      : parts_(parts.count),
-        n_(n),
-        memory_(wanted ? parts.count * n * static_cast<int64_t>(sizeof(C)) : 0),
-        wanted_(wanted) {}
+  PartialSums(int64_t parts, int64_t n, bool wanted)
+      : parts_(parts), n_(n), memory_(wanted ? parts * n * static_cast<int64_t>(sizeof(C)) : 0), wanted_(wanted) {}
 
   C* data() const { return wanted_ ? memory_.as<C>() : nullptr; }
   void add_up(const char* name, C* out) const {

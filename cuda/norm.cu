@@ -126,7 +126,7 @@ void layer_norm_backward(const Array& x, const Array& weight, const Array& stats
   const RowParts parts(rows.count());
   dispatch_float(x.dtype, "layer_norm", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const PartialSums<C> dweight(parts, rows.n, true), dbias(parts, rows.n, true);
+    const PartialSums<C> dweight(parts.count, rows.n, true), dbias(parts.count, rows.n, true);
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
       launch("layer_norm_backward", layer_norm_backward_rows<T, size, held>, grid, rows, parts, x.as<const T>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(),

@@ -130,7 +130,7 @@ void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, 
   const RowParts parts(rows.count());
   dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
-    const PartialSums<C> dweight(parts, rows.n, out_dweight.defined());
+    const PartialSums<C> dweight(parts.count, rows.n, out_dweight.defined());
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
       launch("rms_norm_backward", rms_norm_backward_rows<T, S, size, held>, grid, rows, parts, x.as<const S>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(), out_or_null<const S>(addend),
@@ -255,7 +255,7 @@ void norm_rope_backward(const Array& x, const Array& weight, const Array& stats,
     const RopeTable<C> table(x, positions, theta, true);
     const Rows<4> rows({x, dy, out_dx.defined() ? out_dx : x, table.rows()});
     const RowParts parts(rows.count());
-    const PartialSums<C> dweight(parts, rows.n, out_dweight.defined());
+    const PartialSums<C> dweight(parts.count, rows.n, out_dweight.defined());
     with_team(parts.count, rows.n, [&]<int size>(Team<size>, Grid grid) {
       launch("norm_rope_backward", norm_rope_backward_rows<T, size>, grid, rows, parts,
              Rotation<C>{table.cosines(), table.sines(), interleaved}, x.as<const T>(), data_or_null<C>(weight),

@@ -880,7 +880,10 @@ op("knock_norm_rope", knock_norm_rope, case(R(2, 5, 3, 8), R(8, 8), X([0, 1, 2, 
    case(R(2, 3, 2, 6), R(6, 6), X([4, 0, 1]), norm=0), case(R(1, 0, 2, 4), R(4, 4), X([], (0,)), R(4)),
    case(R(1, 9, 2, 32), R(32, 32), X(list(range(9))), R(32)),
    case(R(2, 19, 2, 32), R(32, 32), X(list(range(19))), R(32), interleaved=True),
-   case(R(1, 3, 2, 32), R(32, 32), X([[7, 0, 90]]), norm=0), case(R(1, 3, 2, 32), R(32, 32), None, R(32)))
+   case(R(1, 3, 2, 32), R(32, 32), X([[7, 0, 90]]), norm=0), case(R(1, 3, 2, 32), R(32, 32), None, R(32)),
+   case(R(1, 9, 2, 16), R(16, 16), X(list(range(9))), R(16)),
+   case(R(1, 5, 1, 48), R(48, 48), X([3, 0, 1, 70, 2]), R(48), interleaved=True),
+   case(R(1, 4, 2, 48), R(48, 48), X([3, 0, 1, 70])), case(R(1, 3, 2, 5), R(5, 5), None, R(5)))
 
 
 def attention(x, a):
