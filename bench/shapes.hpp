@@ -132,7 +132,7 @@ class TrainingStep {
     const knock::trace::Span span("update");
     optimizer_.step(knock::optim::clip_factor(knock::optim::grad_norm(parameters_), 1.0));
     optimizer_.zero_grad();
-    for (knock::nn::MoE* moe : model_.moe_layers()) moe->update_bias();
+    knock::nn::MoE::update_biases(model_.moe_layers());
   }
 
  private:

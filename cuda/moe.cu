@@ -13,24 +13,39 @@
 namespace knock::cuda {
 namespace {
 
-// ---- Sorting: a stable counting sort in which every warp owns a run of slots.
+// ---- Sorting: a stable counting sort in which every warp owns a run of slots. Slots that are left out count as those
+// of one more expert. There are few blocks, so that each adds up for itself what those before it have counted.
 
-constexpr int run = 256;
+constexpr int most_sort_blocks = 128;
 
-/// A slot's expert; -1 for one that is left out (or wrong, which count_slots notes).
+/// A slot's expert; `experts` for one that is left out (or wrong, which count_slots notes), -1 behind the last slot.
 __device__ int expert_at(const int64_t* expert_of, int64_t slots, int experts, int64_t slot) {
-  const int64_t expert = slot < slots ? expert_of[slot] : -1;
-  return expert < experts ? static_cast<int>(expert) : -1;
+  if (slot >= slots) return -1;
+  const int64_t expert = expert_of[slot];
+  return expert >= 0 && expert < experts ? static_cast<int>(expert) : experts;
 }
 
-/// Walks over a warp's run and counts: counters (E). `place(slot, expert, rank)` is called for every slot that goes to
-/// an expert; rank is the number of the expert's slots before it among the 32 at hand, which are not counted yet.
+struct SortProblem {
+  const int64_t* expert_of;
+  int64_t slots, per_token;
+  int experts, run;  ///< slots of a warp
+  int* counts;       ///< (blocks, E + 1)
+
+  __device__ int kinds() const { return experts + 1; }
+  /// The first slot of this warp.
+  __device__ int64_t first() const {
+    return (static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * run;
+  }
+};
+
+/// Walks over a warp's run and counts: counters (E + 1). `place(slot, expert, rank)` is called for every slot; rank is
+/// the number of the expert's slots before it among the 32 at hand, which are not counted yet.
 template <class Place>
-__device__ void walk_run(const int64_t* expert_of, int64_t slots, int experts, int64_t first, int* counters,
-                         const Place& place) {
+__device__ void walk_run(const SortProblem& p, int* counters, const Place& place) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int64_t at = first; at < first + run; at += 32) {
-    const int expert = expert_at(expert_of, slots, experts, at + lane);
+  const int64_t first = p.first();
+  for (int64_t at = first; at < min(first + p.run, p.slots); at += 32) {
+    const int expert = expert_at(p.expert_of, p.slots, p.experts, at + lane);
     const unsigned same = __match_any_sync(0xffffffffU, expert);
     if (expert >= 0) place(at + lane, expert, __popc(same & ((1U << lane) - 1)));
     __syncwarp();
@@ -39,96 +54,77 @@ __device__ void walk_run(const int64_t* expert_of, int64_t slots, int experts, i
   }
 }
 
-struct SortProblem {
-  const int64_t* expert_of;
-  int64_t slots;
-  int experts;
-  int* counts;  ///< (blocks, E)
-
-  /// The first slot of this warp.
-  __device__ int64_t first() const {
-    return (static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32) * run;
-  }
-};
-
-/// Counts a block's slots of each expert by warp: counters (warps, E).
+/// Counts a block's slots of each expert by warp: counters (warps, E + 1).
 __device__ void count_block(const SortProblem& p, int* counters) {
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
-  for (int i = static_cast<int>(threadIdx.x); i < warps * p.experts; i += static_cast<int>(blockDim.x)) counters[i] = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < warps * p.kinds(); i += static_cast<int>(blockDim.x)) counters[i] = 0;
   __syncthreads();
-  walk_run(p.expert_of, p.slots, p.experts, p.first(), counters + warp * p.experts, [](int64_t, int, int) {});
+  walk_run(p, counters + warp * p.kinds(), [](int64_t, int, int) {});
   __syncthreads();
 }
 
 extern __shared__ int shared_counters[];
 
-/// counts (blocks, E)
+/// counts (blocks, E + 1)
 __global__ void count_slots(SortProblem p, Finding* outside) {
   const int64_t first = p.first();
-  for (int64_t slot = first + threadIdx.x % 32; slot < min(first + run, p.slots); slot += 32)
+  for (int64_t slot = first + threadIdx.x % 32; slot < min(first + p.run, p.slots); slot += 32)
     if (p.expert_of[slot] < -1 || p.expert_of[slot] >= p.experts) atomicMin(outside, static_cast<Finding>(slot));
   count_block(p, shared_counters);
-  for (int e = static_cast<int>(threadIdx.x); e < p.experts; e += static_cast<int>(blockDim.x)) {
+  for (int e = static_cast<int>(threadIdx.x); e < p.kinds(); e += static_cast<int>(blockDim.x)) {
     int sum = 0;
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += shared_counters[warp * p.experts + e];
-    p.counts[static_cast<int64_t>(blockIdx.x) * p.experts + e] = sum;
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) sum += shared_counters[warp * p.kinds() + e];
+    p.counts[static_cast<int64_t>(blockIdx.x) * p.kinds() + e] = sum;
   }
 }
 
-/// counts (blocks, E) become places, and offsets (E + 1) where experts begin. One block.
-__global__ void place_experts(int* counts, int blocks, int experts, int64_t* offsets) {
-  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
-    int64_t sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += counts[b * experts + e];
-    offsets[e + 1] = sum;
+/// starts (E + 1): where experts begin.
+__device__ void find_starts(const SortProblem& p, int* starts) {
+  for (int e = static_cast<int>(threadIdx.x); e < p.kinds(); e += static_cast<int>(blockDim.x)) {
+    int sum = 0;
+    for (int64_t b = 0; b < gridDim.x; ++b) sum += p.counts[b * p.kinds() + e];
+    starts[e] = sum;
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    offsets[0] = 0;
-    for (int e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
-  }
-  __syncthreads();
-  for (int e = static_cast<int>(threadIdx.x); e < experts; e += static_cast<int>(blockDim.x)) {
-    int at = static_cast<int>(offsets[e]);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int count = counts[b * experts + e];
-      counts[b * experts + e] = at;
-      at += count;
+    int before = 0;
+    for (int e = 0; e < p.kinds(); ++e) {
+      const int count = starts[e];
+      starts[e] = before;
+      before += count;
     }
   }
+  __syncthreads();
 }
 
-/// order[place] = slot
-__global__ void place_slots(SortProblem p, int64_t* order) {
+/// order[place] = slot; the first block writes the offsets, and where places are wanted they are noted with the tokens.
+__global__ void place_slots(SortProblem p, int64_t* order, int64_t* offsets, int32_t* place_of, int32_t* token_of) {
+  const int warps = static_cast<int>(blockDim.x) / 32;
+  int* const starts = shared_counters + warps * p.kinds();
   count_block(p, shared_counters);
-  for (int e = static_cast<int>(threadIdx.x); e < p.experts; e += static_cast<int>(blockDim.x)) {
-    int at = p.counts[static_cast<int64_t>(blockIdx.x) * p.experts + e];
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      const int count = shared_counters[warp * p.experts + e];
-      shared_counters[warp * p.experts + e] = at;
+  find_starts(p, starts);
+  for (int e = static_cast<int>(threadIdx.x); e < p.kinds(); e += static_cast<int>(blockDim.x)) {
+    int at = starts[e];
+    if (blockIdx.x == 0) offsets[e] = at;
+    for (int64_t b = 0; b < blockIdx.x; ++b) at += p.counts[b * p.kinds() + e];
+    for (int warp = 0; warp < warps; ++warp) {
+      const int count = shared_counters[warp * p.kinds() + e];
+      shared_counters[warp * p.kinds() + e] = at;
       at += count;
     }
   }
   __syncthreads();
-  int* const places = shared_counters + static_cast<int>(threadIdx.x) / 32 * p.experts;
-  walk_run(p.expert_of, p.slots, p.experts, p.first(), places,
-           [&](int64_t slot, int expert, int rank) { order[places[expert] + rank] = slot; });
+  int* const places = shared_counters + static_cast<int>(threadIdx.x) / 32 * p.kinds();
+  walk_run(p, places, [&](int64_t slot, int expert, int rank) {
+    const int place = places[expert] + rank;
+    order[place] = slot;
+    if (!place_of) return;
+    place_of[slot] = expert < p.experts ? place : -1;
+    token_of[place] = static_cast<int32_t>(slot / p.per_token);
+  });
 }
 
 // ---- Between the products.
-
-/// place_of[slot] = its place among the sorted ones, -1 at first; token_of[place] = the slot's token.
-__global__ void forget_places(int64_t slots, int32_t* place_of) {
-  for (int64_t i = thread_in_grid(); i < slots; i += threads_in_grid()) place_of[i] = -1;
-}
-__global__ void note_places(Experts experts, const int64_t* order, int64_t per_token, int32_t* place_of,
-                            int32_t* token_of) {
-  const int64_t rows = experts.offsets[experts.count];
-  for (int64_t i = thread_in_grid(); i < rows; i += threads_in_grid()) {
-    place_of[order[i]] = static_cast<int32_t>(i);
-    token_of[i] = static_cast<int32_t>(order[i] / per_token);
-  }
-}
 
 /// out (rows, F) = silu(gate) up of hidden (rows, 2F)
 template <class T>
@@ -160,16 +156,21 @@ __global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const in
   }
 }
 
-/// A warp to a row. With a = silu(gate) up, s the slot's weight and da (rows, F) the gradient of the unweighted output
-/// times down:  ds = da . a,  weighted = s a,  dhidden = s da times the slopes of a.
+/// A warp to a row; rows behind the experts' are slots that are left out. With a = silu(gate) up, s the slot's weight
+/// and da (rows, F) the gradient of the unweighted output times down:  ds = da . a,  weighted = s a,  dhidden = s da
+/// times the slopes of a.
 template <class T>
 __global__ void activate_backward(Experts experts, const int64_t* order, int64_t ffn, const T* hidden, const T* da,
                                   const T* weights, T* dhidden, T* weighted, T* dweights) {
   using C = compute_t<T>;
   const Team<warp_size> team;
   const int64_t rows = experts.offsets[experts.count];
-  for (int64_t row = team.index(); row < rows; row += team.count()) {
+  for (int64_t row = team.index(); row < experts.slots; row += team.count()) {
     const int64_t slot = order[row];
+    if (row >= rows) {
+      if (team.lane() == 0) dweights[slot] = T(0.0F);
+      continue;
+    }
     const C s = static_cast<C>(weights[slot]);
     const T* const in = hidden + row * 2 * ffn;
     T* const out = dhidden + row * 2 * ffn;
@@ -188,18 +189,10 @@ __global__ void activate_backward(Experts experts, const int64_t* order, int64_t
   }
 }
 
-/// dweights of slots that are left out
-template <class T>
-__global__ void clear_left_out(int64_t slots, const int32_t* place_of, T* dweights) {
-  for (int64_t i = thread_in_grid(); i < slots; i += threads_in_grid())
-    if (place_of[i] < 0) dweights[i] = T(0.0F);
-}
-
 // ---- Both directions.
 
 /// Extents, and where the slots of a call lie.
-class Layer {
- public:
+struct Layer {
   explicit Layer(const MoeInputs& in)
       : tokens(in.x.shape[0]),
         features(in.x.shape[1]),
@@ -207,28 +200,19 @@ class Layer {
         slots(in.weights.numel()),
         per_token(std::max<int64_t>(in.weights.shape[1], 1)),
         order(in.order.as<const int64_t>()),
-        places_(2 * slots * static_cast<int64_t>(sizeof(int32_t))),
-        experts{in.offsets.as<const int64_t>(), places_.as<int32_t>() + slots, in.gate.shape[0], slots} {
-    launch("moe_forget_places", forget_places, grid_for(slots), slots, places_.as<int32_t>());
-    launch("moe_note_places", note_places, grid_for(slots), experts, order, per_token, places_.as<int32_t>(),
-           places_.as<int32_t>() + slots);
-  }
+        place_of(in.places.as<const int32_t>()),
+        experts{in.offsets.as<const int64_t>(), place_of + slots, in.gate.shape[0], slots} {}
 
-  const int32_t* place_of() const { return places_.as<int32_t>(); }
   /// The sum over the slots of each token; y (slots, C).
   template <class T>
   void add_up(const char* name, const Scratch& y, const T* weights, const Array& out) const {
-    launch(name, add_slots<T>, grid_for(tokens * features), tokens, per_token, features, place_of(), weights,
+    launch(name, add_slots<T>, grid_for(tokens * features), tokens, per_token, features, place_of, weights,
            y.as<const T>(), out.as<T>());
   }
 
   int64_t tokens, features, ffn, slots, per_token;
   const int64_t* order;
-
- private:
-  Scratch places_;  // of slots; then tokens of places
-
- public:
+  const int32_t* place_of;  ///< of each slot; behind them each place's token
   Experts experts;
 };
 
@@ -253,22 +237,29 @@ Array matrix(const Scratch& memory, DType dtype, int64_t rows, int64_t cols) {
 
 }  // namespace
 
-void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets) {
+void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets, const Array& out_places) {
   const int64_t slots = indices.numel(), experts = out_offsets.shape[0] - 1;
-  constexpr int64_t most_bytes = 48 * 1024;
-  const int64_t bytes_a_warp = experts * static_cast<int64_t>(sizeof(int));
-  check(bytes_a_warp <= most_bytes && slots < (int64_t{1} << 31), "moe_experts", "up to ", most_bytes / 4,
+  if (slots == 0) return fill(out_offsets, 0);
+  constexpr int64_t most_bytes = 48 * 1024, least_run = 256;
+  const int64_t bytes = (experts + 1) * static_cast<int64_t>(sizeof(int));  // of a warp's counters
+  check(2 * bytes <= most_bytes && slots < (int64_t{1} << 31), "moe_experts", "up to ", most_bytes / 8 - 1,
         " experts and 2^31 slots on cuda, got ", experts, " and ", slots);
-  const int64_t warps = std::clamp<int64_t>(most_bytes / std::max<int64_t>(bytes_a_warp, 1), 1, 8);
+  const int64_t warps = std::clamp<int64_t>(most_bytes / bytes - 1, 1, 8), most_warps = warps * most_sort_blocks;
+  const int64_t run = std::max(((slots + most_warps - 1) / most_warps + 31) / 32 * 32, least_run);
   const int64_t blocks = (slots + warps * run - 1) / (warps * run);
-  const Scratch counts(blocks * bytes_a_warp);
-  const SortProblem p{indices.as<const int64_t>(), slots, static_cast<int>(experts), counts.as<int>()};
-  const Grid grid{blocks, static_cast<int>(warps) * 32, static_cast<int>(warps * bytes_a_warp)};
-  launch("moe_count_slots", count_slots, grid, p,
+  const Scratch counts(blocks * bytes);
+  const SortProblem p{indices.as<const int64_t>(),
+                      slots,
+                      std::max<int64_t>(indices.shape.back(), 1),
+                      static_cast<int>(experts),
+                      static_cast<int>(run),
+                      counts.as<int>()};
+  const int threads = static_cast<int>(warps) * 32;
+  launch("moe_count_slots", count_slots, Grid{blocks, threads, static_cast<int>(warps * bytes)}, p,
          ask({"moe_experts", "an index is out of range for experts", experts}));
-  launch("moe_place_experts", place_experts, Grid{1, 256}, counts.as<int>(), static_cast<int>(blocks),
-         static_cast<int>(experts), out_offsets.as<int64_t>());
-  launch("moe_place_slots", place_slots, grid, p, out_order.as<int64_t>());
+  int32_t* const places = out_places.as<int32_t>();
+  launch("moe_place_slots", place_slots, Grid{blocks, threads, static_cast<int>((warps + 1) * bytes)}, p,
+         out_order.as<int64_t>(), out_offsets.as<int64_t>(), places, places ? places + slots : nullptr);
 }
 
 void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out) {
@@ -301,7 +292,6 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
     launch("moe_activate_backward", activate_backward<T>, grid_for(slots * warp_size), layer.experts, layer.order, ffn,
            hidden.as<const T>(), dactive.as<const T>(), in.weights.as<const T>(), dhidden.as<T>(), weighted.as<T>(),
            out.weights.as<T>());
-    launch("moe_clear_left_out", clear_left_out<T>, grid_for(slots), slots, layer.place_of(), out.weights.as<T>());
     rows_times_experts("moe_gate_up_backward", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false},
                        ExpertMatrices(gate.array, up.array), true, matrix(dx, dtype, slots, features));
     layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);

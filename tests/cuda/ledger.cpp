@@ -47,7 +47,7 @@ Rows record(bench::ledger::Recorder& recorder, const models::MoeLmConfig& config
     lm.loss(inputs, targets).backward();
     optimizer.step(optim::clip_factor(optim::grad_norm(lm.parameters()), 1.0));
     optimizer.zero_grad();
-    for (nn::MoE* moe : lm.moe_layers()) moe->update_bias();
+    nn::MoE::update_biases(lm.moe_layers());
   }
   synchronize("cuda:0");
   return recorder.take();

@@ -47,7 +47,7 @@ std::vector<double> train(const models::MoeLmConfig& config, Device device, DTyp
     loss.backward();
     optim::clip_grad_norm_(model.parameters(), 1.0);
     optimizer.step();
-    for (nn::MoE* moe : model.moe_layers()) moe->update_bias();
+    nn::MoE::update_biases(model.moe_layers());
   }
   return losses;
 }

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 using namespace knock;
 using test::distance;
@@ -220,5 +221,88 @@ TEST_CASE("moe_experts: sums have the same bits for any number of threads") {
         CHECK(test::same_bits(runs[0][i], runs[1][i]));
         CHECK(test::same_bits(runs[0][i], runs[2][i]));
       }
+    }
+}
+
+TEST_CASE("route: choices are counted, in the tally of each call or in turn, and weights may be bf16") {
+  manual_seed(28);
+  for (const Device& device : test::devices())
+    for (const bool in_turn : {false, true}) {
+      INFO(text(device, " in turn ", in_turn));
+      const RouteOptions options{.top_k = 3, .in_turn = in_turn};
+      const RouteTally tally{zeros({37}, {DType::i64, device}), zeros({}, {.device = device})};
+      Tensor load = zeros({37}, {.dtype = DType::i64});
+      double largest = 0;
+      for (const int64_t tokens : {150, 1, 0}) {
+        const Tensor logits = (randn({tokens, 37}) * 3).to(device).requires_grad_();
+        const auto [indices, weights] = route(logits, {}, options, tally);
+        CHECK(test::same_bits(indices, composite::route(logits, {}, options).indices));
+        load.add_(expert_load(indices.to("cpu"), 37));
+        if (tokens > 0) largest = std::max(largest, amax(abs(logits)).item());
+        const auto [same, narrow] = route(logits, {}, options, {}, DType::bf16);
+        CHECK(test::same_bits(same, indices));
+        CHECK(test::same_bits(narrow, weights.to(DType::bf16)));
+        const Tensor dy = randn(weights.shape()).to(DType::bf16).to(device);
+        CHECK(distance(autograd::grad({narrow}, {logits}, {.upstream = {dy}})[0],
+                       autograd::grad({weights}, {logits}, {.upstream = {dy.to(DType::f32)}})[0]) <= 1e-6);
+      }
+      CHECK(test::same_bits(tally.load.to("cpu"), load));
+      CHECK(tally.logit_max.item() == largest);
+      const Tensor nan = full({1, 37}, std::nan(""), {.device = device});
+      route(nan, {}, options, tally);
+      CHECK(std::isnan(tally.logit_max.item()));
+    }
+}
+
+TEST_CASE("update_router_biases: many routers at once, of any number of experts, move as each by the composite") {
+  manual_seed(29);
+  for (const Device& device : test::devices())
+    for (const BiasRule rule : {BiasRule::centred_sign, BiasRule::sign, BiasRule::rms}) {
+      INFO(text(device, " rule ", static_cast<int>(rule)));
+      std::vector<BiasedRouter> routers;
+      Tensors expected;
+      for (int64_t i = 0; i < 300; ++i) {  // more than a launch takes
+        const Tensor load = randint(0, 50, {1 + i % 3 * 150}).to(device);
+        const Tensor bias = i % 7 == 6 ? Tensor() : randn(load.shape()).to(device);
+        expected.push_back(bias.defined() ? composite::updated_bias(bias, load, rule, 0.25) : bias);
+        routers.push_back({bias, {load, ones({}, {.device = device})}, ones({}, {DType::i64, device})});
+      }
+      update_router_biases(routers, rule, 0.25);
+      for (std::size_t i = 0; i < routers.size(); ++i) {
+        const auto& [bias, tally, dropped] = routers[i];
+        if (bias.defined()) CHECK(distance(bias, expected[i]) <= 1e-6);
+        CHECK(sum(tally.load).item<int64_t>() == 0);
+        CHECK((tally.logit_max.item() == 0 && dropped.item<int64_t>() == 0));
+      }
+    }
+}
+
+TEST_CASE("moe_sort: slots of each expert in their order, then those left out, with their places and tokens") {
+  manual_seed(30);
+  for (const Device& device : test::devices())
+    for (const Extents& n : {Extents{700, 3, 5, 0, 0}, {1, 1, 1, 0, 0}, {0, 2, 4, 0, 0}, {5000, 1, 1500, 0, 0}}) {
+      const int64_t tokens = n.tokens, k = n.per_token, experts = n.experts;
+      INFO(text(device, " tokens ", tokens));
+      const Tensor indices = randint(-1, experts, {tokens, k});
+      const TensorOptions integers{DType::i64, device};
+      const Tensor order = empty({tokens * k}, integers), offsets = empty({experts + 1}, integers),
+                   places = empty({2, tokens * k}, {DType::i32, device});
+      kernel(&Backend::moe_sort, "moe_sort", order)(indices.to(device).array(), order.array(), offsets.array(),
+                                                    places.array());
+      const auto of = indices.to_vector<int64_t>(), begin = offsets.to_vector<int64_t>();
+      std::vector<int64_t> expected, starts, place(of.size(), -1), token;
+      for (int64_t e = 0; e <= experts; ++e) {
+        starts.push_back(static_cast<int64_t>(expected.size()));
+        for (std::size_t slot = 0; slot < of.size(); ++slot) {
+          if (of[slot] != (e < experts ? e : -1)) continue;
+          if (e < experts) place[slot] = static_cast<int64_t>(expected.size());
+          expected.push_back(static_cast<int64_t>(slot));
+          token.push_back(static_cast<int64_t>(slot) / k);
+        }
+      }
+      CHECK(order.to_vector<int64_t>() == expected);
+      CHECK(begin == starts);
+      CHECK(places[0].to_vector<int64_t>() == place);
+      CHECK(places[1].to_vector<int64_t>() == token);
     }
 }

@@ -102,10 +102,10 @@ struct SgdUpdate {
   Array param, grad, momentum, rounded;  ///< momentum: undefined without
 };
 
-/// What routed experts read: x (N, C), sorted slots and each expert's first place among them, weights (N, k), gate and
-/// up (E, F, C), down (E, C, F).
+/// What routed experts read: x (N, C), what moe_sort made of the slots, weights (N, k), gate and up (E, F, C), down (E,
+/// C, F).
 struct MoeInputs {
-  Array x, order, offsets, weights, gate, up, down;
+  Array x, order, offsets, places, weights, gate, up, down;
 };
 /// Gradients of the floating ones.
 struct MoeGradients {
@@ -124,6 +124,23 @@ struct RouteOptions {
   double routed_scaling_factor = 1;  ///< times every weight
   int64_t n_group = 1;               ///< groups of neighbouring experts
   int64_t topk_group = 1;            ///< groups a token may choose from
+  bool in_turn = false;              ///< slot i takes expert i % E, whatever the scores: for timing
+};
+
+/// What is counted of a router's choices, added to what it was: how often each expert was chosen, (E) i64, and the
+/// largest absolute logit, one f32. Undefined where it is not wanted.
+struct RouteCounts {
+  Array load, logit_max;
+};
+
+/// How the bias of a router's scores moves by its experts' loads (nn/moe/balance.hpp).
+enum class BiasRule : uint8_t { centred_sign, sign, rms };
+
+/// A router's bias (E) f32 (undefined without), its counts, and how many choices were dropped, one i64. Counts restart.
+struct BiasUpdate {
+  Array bias;
+  RouteCounts counts;
+  Array dropped;
 };
 
 /// Which scores of attention there are: query i stands at key i + shift and sees the keys up to there (`causal`) and
@@ -304,16 +321,22 @@ struct Backend {
   void (*scale)(double factor, std::span<const Array> x) = nullptr;
 
   // Mixture of experts; all arrays dense
-  /// indices (N, k) i64 -> slots n * k + j in a stable order by expert (-1: left out); E + 1 places where they begin.
-  void (*moe_sort)(const Array& indices, const Array& out_order, const Array& out_offsets) = nullptr;
-  /// logits (N, E) and bias (E, or undefined), f32 or f64 -> indices (N, k) i64 and weights (N, k).
-  void (*router)(const RouteOptions& options, const Array& logits, const Array& bias, const Array& out_indices,
-                 const Array& out_weights) = nullptr;
+  /// indices (N, k) i64 -> slots n * k + j in a stable order by expert, behind them those of -1, which are left out; E
+  /// + 1 places where experts begin. out_places (2, N k) i32, or undefined: each slot's place (-1: left out), and the
+  /// token of each place that an expert has.
+  void (*moe_sort)(const Array& indices, const Array& out_order, const Array& out_offsets,
+                   const Array& out_places) = nullptr;
+  /// logits (N, E) and bias (E, or undefined), f32 or f64 -> indices (N, k) i64 and weights (N, k) in the dtype of the
+  /// logits, or bf16 beside f32; so are dweights.
+  void (*router)(const RouteOptions& options, const Array& logits, const Array& bias, const RouteCounts& counts,
+                 const Array& out_indices, const Array& out_weights) = nullptr;
   void (*router_backward)(const RouteOptions& options, const Array& logits, const Array& indices, const Array& dweights,
                           const Array& out_dlogits) = nullptr;
   /// hidden (N k, 2F): gate and up products of the sorted slots, kept for backward.
   void (*moe_forward)(const MoeInputs& in, const Array& out_hidden, const Array& out) = nullptr;
   void (*moe_backward)(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out) = nullptr;
+  /// Moves the biases of any number of routers.
+  void (*router_bias)(BiasRule rule, double speed, std::span<const BiasUpdate> updates) = nullptr;
 };
 
 // Every entry of the table: what fills it (cpu/backend.hpp) and what names its kernels (core/trace.hpp) walk this list.
@@ -326,7 +349,7 @@ struct Backend {
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
   X(nll_loss_backward) X(gated) X(gated_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
   X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation) \
-  X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward)
+  X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward) X(router_bias)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

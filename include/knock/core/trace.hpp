@@ -85,6 +85,7 @@ struct Work {
   void add(const MoeGradients& out);
   void add(std::span<const AdamWUpdate> updates);
   void add(std::span<const SgdUpdate> updates);
+  void add(std::span<const BiasUpdate> updates);
   template <class Other>
   void add(const Other&) {}
 };
@@ -224,7 +225,8 @@ KNOCK_FUNC void Work::add(std::span<const Array> arrays) {
 }
 
 KNOCK_FUNC void Work::add(const MoeInputs& in) {
-  for (const Array* array : {&in.x, &in.order, &in.offsets, &in.weights, &in.gate, &in.up, &in.down}) add(*array);
+  for (const Array* array : {&in.x, &in.order, &in.offsets, &in.places, &in.weights, &in.gate, &in.up, &in.down})
+    add(*array);
 }
 
 KNOCK_FUNC void Work::add(const MoeGradients& out) {
@@ -245,6 +247,11 @@ KNOCK_FUNC void Work::add(std::span<const SgdUpdate> updates) {
     for (const Array* array : {&u.param, &u.grad, &u.momentum, &u.rounded}) add(*array);
     for (const Array* array : {&u.param, &u.momentum}) bytes += bytes_of(*array);
   }
+}
+
+KNOCK_FUNC void Work::add(std::span<const BiasUpdate> updates) {
+  for (const BiasUpdate& u : updates)
+    for (const Array* array : {&u.bias, &u.counts.load, &u.counts.logit_max, &u.dropped}) add(*array);
 }
 
 KNOCK_FUNC void refine(Work& work, double, const Array& a, const Array&, double beta, const Array& c,

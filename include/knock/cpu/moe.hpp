@@ -5,7 +5,7 @@
 
 namespace knock::cpu {
 
-void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets);
+void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets, const Array& out_places);
 void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out);
 void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& out);
 
@@ -24,7 +24,8 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
 
 namespace knock::cpu {
 
-KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets) {
+KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Array& out_offsets,
+                         const Array& out_places) {
   const int64_t slots = indices.numel(), experts = out_offsets.shape[0] - 1;
   const int64_t* expert_of = indices.as<int64_t>();
   int64_t* order = out_order.as<int64_t>();
@@ -36,10 +37,18 @@ KNOCK_FUNC void moe_sort(const Array& indices, const Array& out_order, const Arr
     if (e >= 0) ++offsets[e + 1];
   }
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t slot = 0; slot < slots; ++slot)
-    if (expert_of[slot] >= 0) order[offsets[expert_of[slot]]++] = slot;  // shifts offsets by one expert
+  int64_t left_out = offsets[experts];
+  for (int64_t slot = 0; slot < slots; ++slot)  // shifts offsets by one expert
+    order[expert_of[slot] >= 0 ? offsets[expert_of[slot]]++ : left_out++] = slot;
   for (int64_t e = experts; e > 0; --e) offsets[e] = offsets[e - 1];
   offsets[0] = 0;
+  if (!out_places.defined()) return;
+  const int64_t per_token = indices.shape.back();
+  auto *const place = out_places.as<int32_t>(), *const token = place + slots;
+  for (int64_t at = 0; at < slots; ++at) {
+    place[order[at]] = at < offsets[experts] ? static_cast<int32_t>(at) : -1;
+    token[at] = static_cast<int32_t>(order[at] / per_token);
+  }
 }
 
 namespace detail {
@@ -55,6 +64,7 @@ struct Moe {
         down(in.down),
         order(in.order.as<int64_t>()),
         offsets(in.offsets.as<int64_t>()),
+        place(in.places.as<int32_t>()),
         tokens(in.x.shape[0]),
         c(in.x.shape[1]),
         k(in.weights.shape[1]),
@@ -66,6 +76,7 @@ struct Moe {
   const T *x, *s;
   Array gate, up, down;  // (E, F, C) twice, (E, C, F)
   const int64_t *order, *offsets;
+  const int32_t* place;  ///< of each slot
   int64_t tokens, c, k, experts, f;
 };
 
@@ -108,17 +119,13 @@ Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t e
 template <class T>
 void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
   using C = compute_t<T>;
-  const int64_t slots = moe.tokens * moe.k;
-  const Scratch<int64_t> place(slots);
-  std::fill(place.data(), place.data() + slots, int64_t{-1});
-  for (int64_t row = 0; row < moe.offsets[moe.experts]; ++row) place.data()[moe.order[row]] = row;
   parallel_for(moe.tokens, 64, [&](int64_t begin, int64_t end) {
     C* const total = thread_scratch<C>(Slot::user0, moe.c);
     vectorized([&] {
       for (int64_t n = begin; n < end; ++n) {
         std::fill(total, total + moe.c, C(0));
         for (int64_t j = 0; j < moe.k; ++j) {
-          const int64_t at = place.data()[n * moe.k + j];
+          const int64_t at = moe.place[n * moe.k + j];
           if (at < 0) continue;
           const T* const row = sorted + at * moe.c;
           KNOCK_SIMD

@@ -14,6 +14,9 @@
 #include <knock/autograd/node.hpp>
 #include <knock/core/tensor.hpp>
 
+#include <optional>
+#include <vector>
+
 namespace knock {
 
 /// Where a router sends N tokens.
@@ -22,14 +25,33 @@ struct Routes {
   Tensor weights;  // (N, k)
 };
 
+/// Where a router's choices are counted: each expert's number, (E) i64, and the largest absolute logit, a f32 scalar.
+struct RouteTally {
+  Tensor load, logit_max;
+  bool defined() const { return load.defined(); }
+};
+
 /// Each token's experts and their weights from a router's logits (N, E), f32 or f64. With scores s = sigmoid(logit) or
 /// a row's softmax, the k best of s + bias are chosen, the first of equal ones; NaN counts as the greatest. A chosen
 /// expert's weight is its s, divided by the token's sum + 1e-20 where norm_topk_prob, times routed_scaling_factor. With
 /// groups, only the experts of the topk_group best groups are chosen from; a group's rank is the sum of its two best s
-/// + bias. `bias` (E) of the logits' dtype or undefined takes no gradient.
+/// + bias. `bias` (E) of the logits' dtype or undefined takes no gradient. The weights are in the logits' dtype, or in
+/// bf16 beside f32; `tally` grows by what is chosen.
 ///
 ///   auto [indices, weights] = route(linear(x, w), {}, {.top_k = 4});
-Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options);
+Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options, RouteTally tally = {},
+             std::optional<DType> weights = {});
+
+/// A router's bias (E) f32, or undefined, with its tally and the number of choices that were dropped, i64.
+struct BiasedRouter {
+  Tensor bias;
+  RouteTally tally;
+  Tensor dropped;
+};
+
+/// Moves each bias by the load in its tally, in place and in f64, and sets the counts to zero. With e = mean(load) -
+/// load: b += speed sign(e), b += speed (sign(e) - mean(sign(e))), or b += speed e / rms(e).
+void update_router_biases(const std::vector<BiasedRouter>& routers, BiasRule rule, double speed);
 
 /// x (N, C), indices (N, k) i64 in [0, E) or -1 (dropped), weights (N, k), gate and up (E, F, C), down (E, C, F) ->
 /// (N, C). Floating tensors have one dtype, but for f32 matrices beside a bf16 x, which are rounded as they are read.
@@ -51,6 +73,8 @@ Tensor within_capacity(const Tensor& indices, int64_t experts, int64_t capacity)
 /// differentiates.
 namespace composite {
 Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options);
+/// The bias that update_router_biases leaves.
+Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasRule rule, double speed);
 /// The weights of experts that are chosen already, indices (N, k).
 Tensor route_weights(const Tensor& logits, const Tensor& indices, const RouteOptions& options);
 Tensor moe_experts(const Tensor& x, const Tensor& indices, const Tensor& weights, const Tensor& gate, const Tensor& up,
@@ -125,6 +149,30 @@ KNOCK_FUNC void check_moe(const Tensor& x, const Tensor& indices, const Tensor& 
     check(matrix.dtype() == (mixed ? DType::f32 : x.dtype()), op, "dtypes differ: x ", x, ", other ", matrix);
 }
 
+/// Checks what a router's choices are added to, and notes that it is written.
+KNOCK_FUNC void note_tally(const Tensor& logits, const RouteTally& tally) {
+  constexpr const char* op = "route";
+  check_same_device(op, {logits, tally.load, tally.logit_max});
+  check(tally.load.shape() == Shape{logits.size(1)} && tally.load.dtype() == DType::i64 && tally.load.is_contiguous() &&
+            tally.logit_max.numel() == 1 && tally.logit_max.dtype() == DType::f32,
+        op, "a tally is a dense load (E) i64 and one f32, got ", tally.load, " and ", tally.logit_max);
+  note_write(op, tally.load);
+  note_write(op, tally.logit_max);
+}
+
+/// What moe_sort makes of indices (N, k).
+struct SortedSlots {
+  Tensor order, offsets, places;  // (N k) i64, (E + 1) i64, (2, N k) i32
+
+  SortedSlots(const char* op, const Tensor& indices, int64_t experts, bool with_places = false)
+      : order(empty({indices.numel()}, {DType::i64, indices.device()})),
+        offsets(empty({experts + 1}, {DType::i64, indices.device()})),
+        places(with_places ? empty({2, indices.numel()}, {DType::i32, indices.device()}) : Tensor()) {
+    kernel(&Backend::moe_sort, op, indices)(indices.contiguous().array(), order.array(), offsets.array(),
+                                            with_places ? places.array() : Array{});
+  }
+};
+
 /// Appends where the gradients of the next inputs, `parameters`, go: what their leaves hold, to be added to, or new
 /// memory. True where any leaf holds something; the new memory is zeros then.
 KNOCK_FUNC bool append_sums(const autograd::Upstream& up, const Tensors& parameters, Tensors& gradients) {
@@ -143,20 +191,28 @@ KNOCK_FUNC bool append_sums(const autograd::Upstream& up, const Tensors& paramet
 
 }  // namespace detail
 
-KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options) {
+KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options, RouteTally tally,
+                        std::optional<DType> dtype) {
   detail::check_route(logits, bias, options);
+  const DType of_weights = dtype.value_or(logits.dtype());
+  check(of_weights == logits.dtype() || (of_weights == DType::bf16 && logits.dtype() == DType::f32), "route",
+        "weights of ", logits, " are in its dtype or bf16 beside f32, not ", of_weights);
   const Tensor x = logits.contiguous(), added = bias.defined() ? bias.contiguous() : bias;
   const Shape shape{x.size(0), options.top_k};
-  const Routes out{empty(shape, {DType::i64, x.device()}), empty(shape, {x.dtype(), x.device()})};
-  kernel(&Backend::router, "route", x)(options, x.array(), added.defined() ? added.array() : Array{},
-                                       out.indices.array(), out.weights.array());
+  const Routes out{empty(shape, {DType::i64, x.device()}), empty(shape, {of_weights, x.device()})};
+  const auto array_of = [](const Tensor& tensor) { return tensor.defined() ? tensor.array() : Array{}; };
+  if (tally.defined()) detail::note_tally(x, tally);
+  if (x.numel() > 0)
+    kernel(&Backend::router, "route", x)(options, x.array(), array_of(added),
+                                         {array_of(tally.load), array_of(tally.logit_max)}, out.indices.array(),
+                                         out.weights.array());
   autograd::record("route", out.weights, {logits},
                    [options, x = autograd::Saved(x),
                     indices = autograd::Saved(out.indices)](const autograd::Upstream& up) -> Tensors {
                      const Tensor x_now = x.get(up), chosen = indices.get(up);
                      if (autograd::is_recording())
                        return autograd::twin_gradients(up, {x_now}, [&](const Tensors& in) {
-                         return composite::route_weights(in[0], chosen, options);
+                         return composite::route_weights(in[0], chosen, options).to(up.dy().dtype());
                        });
                      const Tensor dy = up.dy().contiguous(), dx = empty_like(x_now);
                      kernel(&Backend::router_backward, "route", x_now)(options, x_now.array(), chosen.array(),
@@ -176,7 +232,10 @@ KNOCK_FUNC Tensor route_weights(const Tensor& logits, const Tensor& indices, con
 KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOptions& options) {
   knock::detail::check_route(logits, bias, options);
   Tensor indices;
-  {
+  if (options.in_turn) {
+    const int64_t tokens = logits.size(0), k = options.top_k;
+    indices = remainder(arange(0, tokens * k, 1, {DType::i64, logits.device()}), logits.size(1)).reshape({tokens, k});
+  } else {
     const NoGradGuard no_grad;
     Tensor biased = knock::detail::router_scores(logits, options);  // (N, E)
     if (bias.defined()) biased = biased + bias;
@@ -195,27 +254,56 @@ KNOCK_FUNC Routes route(const Tensor& logits, const Tensor& bias, const RouteOpt
 }
 }  // namespace composite
 
+KNOCK_FUNC void update_router_biases(const std::vector<BiasedRouter>& routers, BiasRule rule, double speed) {
+  constexpr const char* op = "update_router_biases";
+  if (routers.empty()) return;
+  std::vector<BiasUpdate> updates;
+  for (const auto& [bias, tally, dropped] : routers) {
+    check(!bias.defined() || (bias.shape() == tally.load.shape() && bias.dtype() == DType::f32), op, "bias ", bias,
+          " and load ", tally.load, " must both be (E), the bias f32");
+    check_same_device(op, {routers[0].dropped, bias, tally.load, tally.logit_max, dropped});
+    updates.push_back(
+        {bias.defined() ? bias.array() : Array{}, {tally.load.array(), tally.logit_max.array()}, dropped.array()});
+    for (const Tensor& written : {bias, tally.load, tally.logit_max, dropped})
+      if (written.defined()) detail::note_write(op, written);
+  }
+  kernel(&Backend::router_bias, op, routers[0].dropped)(rule, speed, updates);
+}
+
+namespace composite {
+KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasRule rule, double speed) {
+  const NoGradGuard no_grad;
+  const Tensor wide = load.to(DType::f64), e = mean(wide) - wide;  // (E)
+  Tensor move;
+  if (rule == BiasRule::rms) {
+    move = e / sqrt(clamp_min(mean(square(e)), 1e-300));  // 0 where all loads are equal
+  } else {
+    move = sign(e);
+    if (rule == BiasRule::centred_sign) move = move - mean(move);
+  }
+  return (bias.to(DType::f64) + speed * move).to(bias.dtype());
+}
+}  // namespace composite
+
 KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const Tensor& weights, const Tensor& gate,
                               const Tensor& up, const Tensor& down) {
   detail::check_moe(x_in, indices, weights, gate, up, down);
   const Tensor x = x_in.contiguous();
   const int64_t slots = indices.numel(), experts = gate.size(0), ffn = gate.size(1);
-  const TensorOptions options{x.dtype(), x.device()}, integers{DType::i64, x.device()};
-  Tensor order = empty({slots}, integers);          // slot n * k + j at each place of the sorted list
-  Tensor offsets = empty({experts + 1}, integers);  // where each expert's part begins
-  kernel(&Backend::moe_sort, "moe_experts", x)(indices.contiguous().array(), order.array(), offsets.array());
+  const TensorOptions options{x.dtype(), x.device()};
+  const detail::SortedSlots sorted("moe_experts", indices, experts, true);
   Tensor hidden = empty({slots, 2 * ffn}, options);  // gate and up products, sorted
   Tensor out = empty(x.shape(), options);
   const Tensor s = weights.contiguous(), w_gate = gate.contiguous(), w_up = up.contiguous(), w_down = down.contiguous();
   kernel(&Backend::moe_forward, "moe_experts", x)(
-      {x.array(), order.array(), offsets.array(), s.array(), detail::array_beside(x, w_gate),
-       detail::array_beside(x, w_up), detail::array_beside(x, w_down)},
+      {x.array(), sorted.order.array(), sorted.offsets.array(), sorted.places.array(), s.array(),
+       detail::array_beside(x, w_gate), detail::array_beside(x, w_up), detail::array_beside(x, w_down)},
       hidden.array(), out.array());
   using autograd::Saved;
   return autograd::record(
       "moe_experts", out, {x_in, weights, gate, up, down},
       [x = Saved(x), s = Saved(s), w_gate = Saved(w_gate), w_up = Saved(w_up), w_down = Saved(w_down),
-       indices = Saved(indices), order, offsets, hidden](const autograd::Upstream& up_grad) -> Tensors {
+       indices = Saved(indices), sorted, hidden](const autograd::Upstream& up_grad) -> Tensors {
         const Tensor x_now = x.get(up_grad), s_now = s.get(up_grad), gate_now = w_gate.get(up_grad),
                      up_now = w_up.get(up_grad), down_now = w_down.get(up_grad);
         if (autograd::is_recording())
@@ -226,8 +314,9 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
         Tensors grads = {empty_like(x_now), empty_like(s_now)};
         const bool add = detail::append_sums(up_grad, {gate_now, up_now, down_now}, grads);
         kernel(&Backend::moe_backward, "moe_experts", x_now)(
-            {x_now.array(), order.array(), offsets.array(), s_now.array(), detail::array_beside(x_now, gate_now),
-             detail::array_beside(x_now, up_now), detail::array_beside(x_now, down_now)},
+            {x_now.array(), sorted.order.array(), sorted.offsets.array(), sorted.places.array(), s_now.array(),
+             detail::array_beside(x_now, gate_now), detail::array_beside(x_now, up_now),
+             detail::array_beside(x_now, down_now)},
             hidden.array(), dy.array(),
             {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array(), add});
         return grads;
@@ -236,9 +325,7 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
 
 KNOCK_FUNC Tensor expert_load(const Tensor& indices, int64_t experts) {
   check(indices.dtype() == DType::i64, "expert_load", "indices must be i64, got ", indices);
-  const TensorOptions integers{DType::i64, indices.device()};
-  const Tensor order = empty({indices.numel()}, integers), begin = empty({experts + 1}, integers);
-  kernel(&Backend::moe_sort, "expert_load", indices)(indices.contiguous().array(), order.array(), begin.array());
+  const Tensor begin = detail::SortedSlots("expert_load", indices, experts).offsets;
   return begin.narrow(0, 1, experts) - begin.narrow(0, 0, experts);
 }
 
@@ -287,10 +374,9 @@ KNOCK_FUNC Tensor expert_linear(const Tensor& x, const Tensor& indices, const Te
   detail::check_expert_linear(x, indices, weight);
   const int64_t tokens = indices.size(0), k = indices.size(1), slots = tokens * k;
   const int64_t experts = weight.size(0), out_features = weight.size(1), in_features = weight.size(2);
-  const TensorOptions integers{DType::i64, x.device()};
-  const Tensor order = empty({slots}, integers), offsets = empty({experts + 1}, integers);
-  kernel(&Backend::moe_sort, "expert_linear", x)(indices.contiguous().array(), order.array(), offsets.array());
-  const auto begin = offsets.to_vector<int64_t>();
+  const detail::SortedSlots slots_by_expert("expert_linear", indices, experts);
+  const Tensor& order = slots_by_expert.order;
+  const auto begin = slots_by_expert.offsets.to_vector<int64_t>();
   check(begin.back() == slots, "expert_linear", "indices must lie in [0, ", experts, ")");
   const Tensor place = argsort(order);  // of each slot in the sorted list
   const auto sorted_rows = [=](const Tensor& input) {

@@ -456,7 +456,7 @@ KNOCK_FUNC std::optional<Trainer::StepResult> Trainer::step(double lr) {
   optimizer_->set_lr(lr);
   optimizer_->step(config_.optim.clip > 0 ? optim::clip_factor(result.grad_norm, config_.optim.clip) : 1);
   optimizer_->zero_grad();
-  for (nn::MoE* moe : model_->moe_layers()) moe->update_bias({.speed = t.bias_speed, .rule = t.bias_rule});
+  nn::MoE::update_biases(model_->moe_layers(), {.speed = t.bias_speed, .rule = t.bias_rule});
   return result;
 }
 

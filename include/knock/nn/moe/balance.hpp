@@ -12,19 +12,17 @@
 // logsumexp(logits)^2 (Zoph et al. 2022, arXiv 2202.08906). A load is what the router chose, also where a capacity
 // drops some of it.
 
+#include <knock/core/backend.hpp>
 #include <knock/core/tensor.hpp>
 
 namespace knock::nn {
 
-enum class BiasRule : uint8_t { centred_sign, sign, rms };
+using knock::BiasRule;
 
 struct BiasOptions {
   double speed = 1e-3;  ///< u
   BiasRule rule = BiasRule::centred_sign;
 };
-
-/// The next bias (E) f32 from the bias and the load (E), tokens per expert.
-Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options = {});
 
 /// probabilities (N, E), load (E) i64 of N k choices -> scalar with gradient into the probabilities.
 Tensor balance_loss(const Tensor& probabilities, const Tensor& load);
@@ -47,21 +45,6 @@ double max_violation(const Tensor& load);
 #include <cmath>
 
 namespace knock::nn {
-
-KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options) {
-  check(bias.rank() == 1 && bias.shape() == load.shape(), "updated_bias", "bias ", bias, " and load ", load,
-        " must both be (E)");
-  const NoGradGuard no_grad;
-  const Tensor wide = load.to(DType::f64), e = mean(wide) - wide;  // (E)
-  Tensor move;
-  if (options.rule == BiasRule::rms) {
-    move = e / sqrt(clamp_min(mean(square(e)), 1e-300));  // 0 where all loads are equal
-  } else {
-    move = sign(e);
-    if (options.rule == BiasRule::centred_sign) move = move - mean(move);
-  }
-  return (bias.to(DType::f64) + options.speed * move).to(bias.dtype());
-}
 
 KNOCK_FUNC Tensor balance_loss(const Tensor& probabilities, const Tensor& load) {
   check(probabilities.rank() == 2 && load.shape() == Shape{probabilities.size(1)}, "balance_loss", "probabilities ",

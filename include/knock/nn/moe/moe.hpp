@@ -38,6 +38,8 @@ class MoE : public Layer {
   /// Moves the router's bias by the load in `health()`, which restarts: call after each optimizer step. Without
   /// router_bias it restarts only.
   void update_bias(BiasOptions options = {});
+  /// Of all layers at once.
+  static void update_biases(const std::vector<MoE*>& layers, BiasOptions options = {});
 
   const MoEOptions& options() const { return options_; }
 
@@ -51,7 +53,7 @@ class MoE : public Layer {
 
  private:
   Tensor within_capacity(const Tensor& indices) const;
-  void count();
+  RouteTally tally();
 
   MoEOptions options_;
   Routing routing_;
@@ -87,12 +89,13 @@ KNOCK_FUNC MoE::MoE(const MoEOptions& options) : gate(options), options_(options
 KNOCK_FUNC Tensor MoE::forward(const Tensor& x) {
   check(x.rank() >= 1 && x.size(-1) == options_.hidden, "MoE", "expected x (..., ", options_.hidden, "), got ", x);
   const Tensor tokens = x.reshape({-1, options_.hidden});  // (N, C)
-  routing_ = gate.forward(tokens);
+  const bool counts = is_training() && !autograd::is_recomputing();
+  routing_ = gate.forward(tokens, counts ? tally() : RouteTally());
   load_ = Tensor();
   kept_ = within_capacity(routing_.indices);
-  if (is_training() && !autograd::is_recomputing() && kept_.numel() > 0) count();
-  Tensor out = moe_experts(tokens, kept_, routing_.weights.to(x.dtype()), beside(x, gate_proj), beside(x, up_proj),
-                           beside(x, down_proj));
+  if (counts && options_.capacity_factor > 0) health_.dropped.add_(dropped());
+  Tensor out =
+      moe_experts(tokens, kept_, routing_.weights, beside(x, gate_proj), beside(x, up_proj), beside(x, down_proj));
   if (shared_experts) out = out + shared_experts->forward(tokens);
   return out.reshape(x.shape());
 }
@@ -109,13 +112,12 @@ KNOCK_FUNC Tensor MoE::load() const {
 
 KNOCK_FUNC Tensor MoE::dropped() const { return kept_.defined() ? sum((kept_ < 0).to(DType::i64)) : Tensor(); }
 
-KNOCK_FUNC void MoE::count() {
+/// The counters, where the router is.
+KNOCK_FUNC RouteTally MoE::tally() {
   const NoGradGuard no_grad;
   for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max})
-    *counter = counter->to(routing_.logits.device());
-  health_.load.add_(load());
-  if (options_.capacity_factor > 0) health_.dropped.add_(dropped());
-  health_.logit_max.copy_(maximum(health_.logit_max, amax(abs(routing_.logits)).to(DType::f32)));
+    *counter = counter->to(gate.weight.device());
+  return {health_.load, health_.logit_max};
 }
 
 KNOCK_FUNC Tensor MoE::balance_loss(const Tensor& batch_load) const {
@@ -132,10 +134,15 @@ KNOCK_FUNC void MoE::reset_health() {
   for (Tensor* counter : {&health_.load, &health_.dropped, &health_.logit_max}) counter->zero_();
 }
 
-KNOCK_FUNC void MoE::update_bias(BiasOptions options) {
-  if (gate.e_score_correction_bias.defined())
-    gate.e_score_correction_bias.copy_(updated_bias(gate.e_score_correction_bias, health_.load, options));
-  reset_health();
+KNOCK_FUNC void MoE::update_bias(BiasOptions options) { update_biases({this}, options); }
+
+KNOCK_FUNC void MoE::update_biases(const std::vector<MoE*>& layers, BiasOptions options) {
+  std::vector<BiasedRouter> routers;
+  for (MoE* moe : layers) {
+    const RouteTally tally = moe->tally();
+    routers.push_back({moe->gate.e_score_correction_bias, tally, moe->health_.dropped});
+  }
+  update_router_biases(routers, options.rule, options.speed);
 }
 
 KNOCK_FUNC void MoE::append_state(const std::string& prefix, StateDict& out) const {

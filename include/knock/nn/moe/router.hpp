@@ -16,6 +16,7 @@
 #include <knock/core/backend.hpp>
 #include <knock/nn/init.hpp>
 #include <knock/nn/module.hpp>
+#include <knock/ops/moe.hpp>
 
 namespace knock::nn {
 
@@ -46,17 +47,17 @@ int64_t expert_capacity(const MoEOptions& options, int64_t tokens);
 
 /// What the router decided for N tokens.
 struct Routing {
-  Tensor logits;   // (N, E) f32, or f64 for an x of f64; so are the weights
+  Tensor logits;   // (N, E) f32, or f64 for an x of f64
   Tensor indices;  // (N, k) i64
-  Tensor weights;  // (N, k)
+  Tensor weights;  // (N, k) in x's dtype
 };
 
 /// Parameter `weight` (E, hidden); buffer `e_score_correction_bias` (E) f32 when router_bias.
 class TopKRouter : public Module {
  public:
   explicit TopKRouter(const MoEOptions& options);
-  /// x (N, hidden)
-  Routing forward(const Tensor& x) const;
+  /// x (N, hidden); choices are counted in `tally`.
+  Routing forward(const Tensor& x, const RouteTally& tally = {}) const;
   /// The scores of logits (N, E) as probabilities, whose rows sum to one.
   Tensor probabilities(const Tensor& logits) const;
 
@@ -123,20 +124,16 @@ KNOCK_FUNC RouteOptions TopKRouter::route_options() const {
           .norm_topk_prob = options_.norm_topk_prob,
           .routed_scaling_factor = options_.routed_scaling_factor,
           .n_group = options_.n_group,
-          .topk_group = options_.topk_group};
+          .topk_group = options_.topk_group,
+          .in_turn = options_.forced_balance};
 }
 
-KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x) const {
+KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x, const RouteTally& tally) const {
   const DType precise = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
   const Tensor logits = linear(x.to(precise), weight.to(precise));  // (N, E)
-  if (options_.forced_balance) {
-    const int64_t tokens = x.size(0), k = options_.top_k;
-    const Tensor turns = remainder(arange(0, tokens * k, 1, {DType::i64, x.device()}), options_.experts);
-    const Tensor indices = turns.reshape({tokens, k});
-    return {logits, indices, composite::route_weights(logits, indices, route_options())};
-  }
   const Tensor& bias = e_score_correction_bias;
-  const auto [indices, weights] = route(logits, bias.defined() ? bias.to(precise) : bias, route_options());
+  const auto [indices, weights] =
+      route(logits, bias.defined() ? bias.to(precise) : bias, route_options(), tally, x.dtype());
   return {logits, indices, weights};
 }
 
