@@ -415,7 +415,7 @@ TEST_CASE("balance: the three rules by hand") {
   const auto moved = [&](BiasRule rule) {
     const Tensor found = bias.clone();
     update_router_biases({{found, {load.clone(), zeros({})}, zeros({}, {.dtype = DType::i64})}}, rule, 0.1);
-    CHECK(distance(found, composite::updated_bias(bias, load, rule, 0.1)) <= 1e-7);
+    CHECK(distance(found, nn::updated_bias(bias, load, {.speed = 0.1, .rule = rule})) <= 1e-7);
     return found.to_vector<float>();
   };
   // mean load 5: e = -5, 3, 1, 1; signs -1, 1, 1, 1 with mean 0.5; rms(e) = 3
@@ -432,7 +432,9 @@ TEST_CASE("balance: the three rules by hand") {
     const Tensor found = start.clone();
     update_router_biases({{found, {even.clone(), zeros({})}, none}}, rule, 1e-3);
     CHECK(found.to_vector<float>() == start.to_vector<float>());
+    CHECK(nn::updated_bias(start, even, {.rule = rule}).to_vector<float>() == start.to_vector<float>());
   }
+  CHECK_THROWS_AS(nn::updated_bias(start, zeros({3})), Error);
   CHECK_THROWS_AS(
       update_router_biases({{start, {zeros({3}, {.dtype = DType::i64}), zeros({})}, none}}, BiasRule::sign, 1), Error);
   CHECK(nn::load_entropy(even) == doctest::Approx(1));

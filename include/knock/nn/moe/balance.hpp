@@ -24,6 +24,9 @@ struct BiasOptions {
   BiasRule rule = BiasRule::centred_sign;
 };
 
+/// The next bias (E) f32 from the bias and the load (E), tokens per expert; MoE::update_bias moves a layer's in place.
+Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options = {});
+
 /// probabilities (N, E), load (E) i64 of N k choices -> scalar with gradient into the probabilities.
 Tensor balance_loss(const Tensor& probabilities, const Tensor& load);
 /// logits (N, E) -> scalar.
@@ -38,6 +41,7 @@ double max_violation(const Tensor& load);
 
 #if KNOCK_HEADER_ONLY || defined(KNOCK_BODIES_NN_MOE_BALANCE)
 #include <knock/ops/binary.hpp>
+#include <knock/ops/moe.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/reduce.hpp>
 
@@ -45,6 +49,12 @@ double max_violation(const Tensor& load);
 #include <cmath>
 
 namespace knock::nn {
+
+KNOCK_FUNC Tensor updated_bias(const Tensor& bias, const Tensor& load, BiasOptions options) {
+  check(bias.rank() == 1 && bias.shape() == load.shape(), "updated_bias", "bias ", bias, " and load ", load,
+        " must both be (E)");
+  return composite::updated_bias(bias, load, options.rule, options.speed);
+}
 
 KNOCK_FUNC Tensor balance_loss(const Tensor& probabilities, const Tensor& load) {
   check(probabilities.rank() == 2 && load.shape() == Shape{probabilities.size(1)}, "balance_loss", "probabilities ",
