@@ -78,7 +78,7 @@ TEST_CASE("math: powers of two below 1") {
   const Accuracy result = accuracy([](float x) { return math::exp2_down(-std::fabs(x)); },
                                    [](double x) { return std::fabs(x) > 126 ? 0.0 : std::exp2(-std::fabs(x)); });
   INFO(result.worst_ulp, " ulp at ", result.at, ", wrong ", result.wrong);
-  CHECK(result.worst_ulp < 1.1);
+  CHECK(result.worst_ulp < 1.3);  // 0.94 with fused multiply-adds, 1.17 without
   CHECK(result.worst_ulp > 0.4);
   CHECK(result.wrong == 0);
 }
