@@ -480,7 +480,7 @@ struct Attention {
   }
 };
 
-/// Numbers [0, n) of a row in whole groups of row_lanes around `own`.
+/// The whole groups of row_lanes scores that `own` lies in.
 inline Range whole_lanes(Range own) {
   return {own.begin / row_lanes * row_lanes, (own.end + row_lanes - 1) / row_lanes * row_lanes};
 }
