@@ -3,6 +3,8 @@
 // is known to the device alone: a grid has blocks for the most tiles that there can be, and each finds its own.
 //
 //   rows_times_experts     out (row, n) = sum_k a(row, k) b_e(n, k)  or  b_e(k, n), e the expert of the row
+//   gate_experts           the same for gate and up, which a block makes side by side, and SwiGLU of the two
+//   gate_experts_backward  the same for the gradient of SwiGLU, which is used up where it is made
 //   experts_from_rows      out_e (m, n) = sum over e's rows of a(row, m) b(row, n), or += that sum
 //
 // Rows are read where they lie: `token_of` names the token of each sorted row. Two families of kernels: multiply-adds
@@ -12,6 +14,7 @@
 #include "launch.cuh"
 
 #include <knock/core/backend.hpp>
+#include <knock/core/math.hpp>
 
 namespace knock::cuda {
 
@@ -64,24 +67,103 @@ struct ExpertMatrices {
 /// what lies behind the last expert's rows is left alone.
 void rows_times_experts(const char* name, const Experts& experts, const SortedRows& a, const ExpertMatrices& b,
                         bool b_by_k, const Array& out);
-/// out (E, M, N): zeros for experts without rows. With `add` it is added to, and left alone for experts without rows.
-void experts_from_rows(const char* name, const Experts& experts, const SortedRows& a, const SortedRows& b,
-                       const ExpertMatrices& out, bool add);
 
-/// The problem of either, as kernels read it.
+/// SwiGLU of sorted rows: hidden (slots, 2F) holds gate and up products, active (slots, F) is silu(gate) up.
+struct Gated {
+  void *hidden, *active;
+  int64_t ffn;
+};
+void gate_experts(const char* name, const Experts& experts, const SortedRows& x, const ExpertMatrices& gate_and_up,
+                  const Gated& out);
+
+/// Columns of which a row's share of its slot's gradient is summed at a time.
+inline constexpr int gate_part = 32;
+__host__ __device__ inline int64_t parts_of(int64_t ffn) { return (ffn + gate_part - 1) / gate_part; }
+
+/// With s the weight of a row's slot and da the gradient of the unweighted output times down: dhidden (slots, 2F) = s
+/// da times the slopes of a = silu(gate) up, weighted (slots, F) = s a, parts (slots, ceil(F / gate_part)) = da . a of
+/// so many columns, in the compute type.
+struct GatedBackward {
+  const int64_t* order;
+  const void *hidden, *weights;
+  void *dhidden, *weighted, *parts;
+  int64_t ffn;
+};
+void gate_experts_backward(const char* name, const Experts& experts, const SortedRows& dy, const ExpertMatrices& down,
+                           const GatedBackward& gate);
+
+/// What both families compute of one number.
+template <class C>
+struct GateGradient {
+  C dgate, dup, weighted, share;
+
+  __device__ GateGradient(C gate, C up, C da, C s) {
+    const C open = math::sigmoid(gate), silu = gate * open, active = silu * up;
+    dgate = s * da * up * (open * (1 + gate * (1 - open)));
+    dup = s * da * silu;
+    weighted = s * active;
+    share = da * active;
+  }
+};
+template <class C>
+__device__ C swiglu(C gate, C up) {
+  return gate * math::sigmoid(gate) * up;
+}
+
+/// out (E, M, N) from a (rows, M) and b (rows, N).
+struct RowsProduct {
+  SortedRows a, b;
+  ExpertMatrices out;
+};
+/// Two such products in one launch. Zeros for experts without rows; with `add` the results are added to, and left alone
+/// for experts without rows.
+void experts_from_rows(const char* name, const Experts& experts, const RowsProduct& first, const RowsProduct& second,
+                       bool add);
+
+/// Rows times experts, as kernels read it.
 struct GroupedProblem {
   Experts experts;
-  SortedRows a, b_rows;     ///< b_rows of experts_from_rows
-  ExpertMatrices matrices;  ///< what is read, or written
-  void* out = nullptr;      ///< of rows_times_experts, (slots, N)
+  SortedRows a;
+  ExpertMatrices matrices;
+  void* out = nullptr;  ///< (slots, N)
   DType out_dtype = DType::f32;
-  int64_t m = 0, n = 0, k = 0;  ///< m and k of what is not a number of rows
-  bool add = false;             ///< experts_from_rows adds to what it writes
+  int64_t n = 0, k = 0;
 };
+
+/// Both products of experts_from_rows: the first `blocks_of_first` blocks make the first one.
+struct RowsProblem {
+  Experts experts;
+  RowsProduct products[2];
+  bool add;
+  int64_t blocks_of_first;
+
+  /// A tile of `side` by `side` of an expert's result.
+  struct Tile {
+    const RowsProduct& product;
+    int64_t expert, row, col;
+  };
+  __device__ Tile tile(int side) const {
+    const bool first = blockIdx.x < blocks_of_first;
+    const RowsProduct& p = products[first ? 0 : 1];
+    const int64_t block = blockIdx.x - (first ? 0 : blocks_of_first);
+    const int64_t col_tiles = (p.b.n + side - 1) / side, row_tiles = (p.a.n + side - 1) / side;
+    return {p, block / col_tiles / row_tiles, block / col_tiles % row_tiles * side, block % col_tiles * side};
+  }
+};
+inline int64_t blocks_of(const Experts& experts, const RowsProduct& p, int side) {
+  return experts.count * ((p.a.n + side - 1) / side) * ((p.b.n + side - 1) / side);
+}
+inline RowsProblem rows_problem(const Experts& experts, const RowsProduct& first, const RowsProduct& second, bool add,
+                                int side) {
+  return {experts, {first, second}, add, blocks_of(experts, first, side)};
+}
 
 /// The tensor cores' kernels; false, and nothing done, for other dtypes and for rows that are not pieces of 16 bytes.
 bool rows_times_experts_mma(const char* name, const GroupedProblem& p, bool b_by_k);
-bool experts_from_rows_mma(const char* name, const GroupedProblem& p);
+bool gate_experts_mma(const char* name, const GroupedProblem& p, const Gated& out);
+bool gate_experts_backward_mma(const char* name, const GroupedProblem& p, const GatedBackward& gate);
+bool experts_from_rows_mma(const char* name, const Experts& experts, const RowsProduct& first,
+                           const RowsProduct& second, bool add);
 
 /// A tile of an expert's rows.
 struct RowTile {

@@ -194,44 +194,156 @@ __device__ inline void store_sums(float (&sums)[4][4][4], const OutTile& out, bo
   }
 }
 
-template <bool b_by_k>
-__global__ void __launch_bounds__(threads, 2) rows_times_experts_mma_tile(GroupedProblem p) {
-  const int64_t col_tiles = (p.n + side - 1) / side, col = blockIdx.x % col_tiles * side;
-  const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
-  if (tile.expert < 0) return;
-  const auto* const a = static_cast<const __nv_bfloat16*>(p.a.data);
-  const __nv_bfloat16* rows_of_a[copies];
+/// The rows of a tile's left operand that this thread copies.
+struct LeftRows {
+  const __nv_bfloat16* row[copies];
+
+  __device__ LeftRows(const GroupedProblem& p, const RowTile& tile) {
 #pragma unroll
-  for (int i = 0; i < copies; ++i) {
-    const int64_t row = tile.first + row_of_copy<false>(i);
-    rows_of_a[i] = row < tile.end ? a + p.a.at(p.experts, row) : nullptr;
+    for (int i = 0; i < copies; ++i) {
+      const int64_t at = tile.first + row_of_copy<false>(i);
+      row[i] = at < tile.end ? static_cast<const __nv_bfloat16*>(p.a.data) + p.a.at(p.experts, at) : nullptr;
+    }
   }
-  float sums[4][4][4] = {};
+};
+
+/// Multiplies a tile's rows with columns of its expert's matrix: `row_of_b(i)` is the row of the i-th copy of those
+/// from `first` of K on, negative for none, and `col` where columns begin that lie along a row.
+template <bool b_by_k, class RowOfB>
+__device__ void multiply_rows(float (&sums)[4][4][4], const GroupedProblem& p, const RowTile& tile, int64_t col,
+                              const RowOfB& row_of_b) {
+  const LeftRows left(p, tile);
+  const auto* const somewhere = static_cast<const __nv_bfloat16*>(p.a.data);
   multiply_tile<false, b_by_k>(sums, p.k, [&](__nv_bfloat16* to, int64_t first) {
     load_tile<false>(
-        to, [&](int i) { return rows_of_a[i] ? rows_of_a[i] + first : nullptr; }, p.k - first, a);
-    const auto row_of_b = [&](int i) -> const __nv_bfloat16* {
-      const int64_t row = (b_by_k ? first : col) + row_of_copy<b_by_k>(i);
-      if (row >= p.matrices.rows) return nullptr;
+        to, [&](int i) { return left.row[i] ? left.row[i] + first : nullptr; }, p.k - first, somewhere);
+    const auto begin_of_b = [&](int i) -> const __nv_bfloat16* {
+      const int64_t row = row_of_b(i, first);
+      if (row < 0 || row >= p.matrices.rows) return nullptr;
       const auto [data, at] = p.matrices.row(tile.expert, row);
       return static_cast<const __nv_bfloat16*>(data) + at + (b_by_k ? col : first);
     };
-    load_tile<b_by_k>(to + tile_numbers, row_of_b, b_by_k ? p.n - col : p.k - first, a);
+    load_tile<b_by_k>(to + tile_numbers, begin_of_b, b_by_k ? p.n - col : p.k - first, somewhere);
   });
+}
+
+template <bool b_by_k>
+__global__ void __launch_bounds__(threads, 2) rows_times_experts_mma_tile(const __grid_constant__ GroupedProblem p) {
+  const int64_t col_tiles = (p.n + side - 1) / side, col = blockIdx.x % col_tiles * side;
+  const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
+  if (tile.expert < 0) return;
+  float sums[4][4][4] = {};
+  multiply_rows<b_by_k>(sums, p, tile, col,
+                        [&](int i, int64_t first) { return (b_by_k ? first : col) + row_of_copy<b_by_k>(i); });
   const int64_t size = size_of(p.out_dtype);
   char* const out = static_cast<char*>(p.out) + (tile.first * p.n + col) * size;
   const int height = in_tile(tile.end - tile.first);
   store_sums(sums, {out, out, height, height, in_tile(p.n - col), static_cast<int>(p.n * size), p.out_dtype}, false);
 }
 
-__global__ void __launch_bounds__(threads, 2) experts_from_rows_mma_tile(GroupedProblem p) {
-  const int64_t col_tiles = (p.n + side - 1) / side, row_tiles = (p.m + side - 1) / side;
-  const int64_t col = blockIdx.x % col_tiles * side, row = blockIdx.x / col_tiles % row_tiles * side;
-  const int64_t expert = blockIdx.x / col_tiles / row_tiles;
-  const int64_t begin = p.experts.offsets[expert], end = p.experts.offsets[expert + 1];
+/// Of a warp's 32 columns 16 are of the gate and 16 of the same features' up, which a lane holds side by side.
+__global__ void __launch_bounds__(threads, 2)
+    gate_experts_mma_tile(const __grid_constant__ GroupedProblem p, const __grid_constant__ Gated out) {
+  constexpr int features = side / 2, of_warp = 16;
+  const int64_t col_tiles = (out.ffn + features - 1) / features, first_feature = blockIdx.x % col_tiles * features;
+  const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
+  if (tile.expert < 0) return;
+  float sums[4][4][4] = {};
+  multiply_rows<false>(sums, p, tile, 0, [&](int i, int64_t) -> int64_t {
+    const int col = row_of_copy<false>(i);
+    const int64_t feature = first_feature + col / 32 * of_warp + col % of_warp;
+    return feature >= out.ffn ? -1 : col % 32 < of_warp ? feature : out.ffn + feature;
+  });
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t feature = first_feature + warp % 4 * of_warp + first_bf16();
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto pairs = [&](int j) {
+        return make_uint2(pack(sums[i][j][2 * half], sums[i][j][2 * half + 1]),
+                          pack(sums[i][j + 1][2 * half], sums[i][j + 1][2 * half + 1]));
+      };
+      const auto activate = [](uint32_t gate, uint32_t up) {
+        const float2 g = unpack(gate), u = unpack(up);
+        return pack(swiglu(g.x, u.x), swiglu(g.y, u.y));
+      };
+      const uint2 gate = pairs(0), up = pairs(2);
+      const uint2 in_order[3] = {exchange(gate), exchange(up),
+                                 exchange(make_uint2(activate(gate.x, up.x), activate(gate.y, up.y)))};
+      const int64_t row = tile.first + warp / 4 * 64 + 16 * i + 8 * half + lane / 4;
+      if (row >= tile.end || feature >= out.ffn) continue;
+      auto* const hidden = static_cast<__nv_bfloat16*>(out.hidden) + row * 2 * out.ffn + feature;
+      *reinterpret_cast<uint2*>(hidden) = in_order[0];
+      *reinterpret_cast<uint2*>(hidden + out.ffn) = in_order[1];
+      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.active) + row * out.ffn + feature) = in_order[2];
+    }
+}
+
+/// What a lane makes of two rows' four columns each: gradients, in pairs, and its share of the sum.
+struct GatedPairs {
+  uint32_t dgate, dup, weighted;
+
+  __device__ GatedPairs(uint32_t gate, uint32_t up, const float* da, float s, float& share) {
+    const float2 g = unpack(gate), u = unpack(up);
+    const GateGradient<float> a(g.x, u.x, da[0], s), b(g.y, u.y, da[1], s);
+    dgate = pack(a.dgate, b.dgate), dup = pack(a.dup, b.dup), weighted = pack(a.weighted, b.weighted);
+    share += a.share + b.share;
+  }
+};
+
+__global__ void __launch_bounds__(threads, 2)
+    gate_experts_backward_mma_tile(const __grid_constant__ GroupedProblem p,
+                                   const __grid_constant__ GatedBackward gate) {
+  const int64_t ffn = gate.ffn, col_tiles = (ffn + side - 1) / side, first_col = blockIdx.x % col_tiles * side;
+  const RowTile tile = find_row_tile(p.experts, blockIdx.x / col_tiles, side);
+  if (tile.expert < 0) return;
+  float sums[4][4][4] = {};
+  multiply_rows<true>(sums, p, tile, first_col, [&](int i, int64_t first) { return first + row_of_copy<true>(i); });
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t col = first_col + warp % 4 * 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = tile.first + warp / 4 * 64 + 16 * i + 8 * half + lane / 4;
+      const bool in_rows = row < tile.end;
+      const float s = in_rows ? __bfloat162float(static_cast<const __nv_bfloat16*>(gate.weights)[gate.order[row]]) : 0;
+      float share = 0;
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const int64_t own = col + 8 * j + first_bf16();
+        const bool there = in_rows && own < ffn;
+        const auto* const hidden = static_cast<const __nv_bfloat16*>(gate.hidden) + row * 2 * ffn + own;
+        const uint2 none = make_uint2(0, 0);
+        const uint2 gates = exchange(there ? *reinterpret_cast<const uint2*>(hidden) : none),
+                    ups = exchange(there ? *reinterpret_cast<const uint2*>(hidden + ffn) : none);
+        const GatedPairs left(gates.x, ups.x, &sums[i][j][2 * half], s, share),
+            right(gates.y, ups.y, &sums[i][j + 1][2 * half], s, share);
+        const uint2 dgate = exchange(make_uint2(left.dgate, right.dgate)),
+                    dup = exchange(make_uint2(left.dup, right.dup)),
+                    weighted = exchange(make_uint2(left.weighted, right.weighted));
+        if (!there) continue;
+        auto* const dhidden = static_cast<__nv_bfloat16*>(gate.dhidden) + row * 2 * ffn + own;
+        *reinterpret_cast<uint2*>(dhidden) = dgate;
+        *reinterpret_cast<uint2*>(dhidden + ffn) = dup;
+        *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(gate.weighted) + row * ffn + own) = weighted;
+      }
+      share += __shfl_xor_sync(0xffffffffU, share, 1);
+      share += __shfl_xor_sync(0xffffffffU, share, 2);
+      if (lane % 4 == 0 && in_rows && col < ffn)
+        static_cast<float*>(gate.parts)[row * parts_of(gate.ffn) + col / gate_part] = share;
+    }
+}
+
+__global__ void __launch_bounds__(threads, 2) experts_from_rows_mma_tile(const __grid_constant__ RowsProblem p) {
+  const RowsProblem::Tile tile = p.tile(side);
+  const SortedRows &left = tile.product.a, &right = tile.product.b;
+  const ExpertMatrices& matrices = tile.product.out;
+  const int64_t begin = p.experts.offsets[tile.expert], end = p.experts.offsets[tile.expert + 1];
   if (p.add && begin == end) return;
-  const auto *const a = static_cast<const __nv_bfloat16*>(p.a.data), *const b = static_cast<const __nv_bfloat16*>(
-                                                                         p.b_rows.data);
+  const auto *const a = static_cast<const __nv_bfloat16*>(left.data), *const b =
+                                                                          static_cast<const __nv_bfloat16*>(right.data);
   float sums[4][4][4] = {};
   multiply_tile<true, true>(sums, end - begin, [&](__nv_bfloat16* to, int64_t first) {
     const auto row_of = [&](const SortedRows& rows, const __nv_bfloat16* data, int64_t offset) {
@@ -240,46 +352,68 @@ __global__ void __launch_bounds__(threads, 2) experts_from_rows_mma_tile(Grouped
         return row < end ? data + rows.at(p.experts, row) + offset : nullptr;
       };
     };
-    load_tile<true>(to, row_of(p.a, a, row), p.m - row, a);
-    load_tile<true>(to + tile_numbers, row_of(p.b_rows, b, col), p.n - col, b);
+    load_tile<true>(to, row_of(left, a, tile.row), left.n - tile.row, a);
+    load_tile<true>(to + tile_numbers, row_of(right, b, tile.col), right.n - tile.col, b);
   });
-  const int64_t size = p.matrices.dtype == DType::bf16 ? 2 : 4;
+  const int64_t size = matrices.dtype == DType::bf16 ? 2 : 4;
   const auto begin_at = [&](int64_t i) {
-    const auto [data, at] = p.matrices.row(expert, i);
-    return static_cast<char*>(data) + (at + col) * size;
+    const auto [data, at] = matrices.row(tile.expert, i);
+    return static_cast<char*>(data) + (at + tile.col) * size;
   };
-  const int rows = in_tile(p.m - row), above = min(in_tile(p.matrices.first_rows - row), rows);
-  const OutTile out{begin_at(row),
-                    begin_at(row + (above < rows ? above : 0)),
+  const int rows = in_tile(left.n - tile.row), above = min(in_tile(matrices.first_rows - tile.row), rows);
+  const OutTile out{begin_at(tile.row),
+                    begin_at(tile.row + (above < rows ? above : 0)),
                     above,
                     rows,
-                    in_tile(p.n - col),
-                    static_cast<int>(p.n * size),
-                    p.matrices.dtype};
+                    in_tile(right.n - tile.col),
+                    static_cast<int>(right.n * size),
+                    matrices.dtype};
   store_sums(sums, out, p.add);
 }
 
 bool in_pieces(const void* data, DType dtype, int64_t n) {
   return dtype == DType::bf16 && n % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
 }
+bool in_pieces(const SortedRows& rows) { return in_pieces(rows.data, rows.dtype, rows.n); }
+bool in_pieces(const ExpertMatrices& x) {
+  return in_pieces(x.data, x.dtype, x.n) && (!x.second || in_pieces(x.second, x.dtype, x.n));
+}
+bool in_pieces(const GroupedProblem& p) { return in_pieces(p.a) && in_pieces(p.matrices); }
 
 constexpr int shared_bytes = stages * 2 * tile_numbers * 2;
+
+Grid row_grid(const Experts& experts, int64_t col_tiles) {
+  return {most_row_tiles(experts, side) * col_tiles, threads, shared_bytes};
+}
 
 }  // namespace
 
 bool rows_times_experts_mma(const char* name, const GroupedProblem& p, bool b_by_k) {
-  if (!in_pieces(p.a.data, p.a.dtype, p.a.n) || !in_pieces(p.matrices.data, p.matrices.dtype, p.matrices.n) ||
-      (p.matrices.second && !in_pieces(p.matrices.second, p.matrices.dtype, p.matrices.n)) || p.n % 8 != 0)
-    return false;
-  const Grid grid{most_row_tiles(p.experts, side) * ((p.n + side - 1) / side), threads, shared_bytes};
-  launch(name, b_by_k ? rows_times_experts_mma_tile<true> : rows_times_experts_mma_tile<false>, grid, p);
+  if (!in_pieces(p) || p.n % 8 != 0) return false;
+  launch(name, b_by_k ? rows_times_experts_mma_tile<true> : rows_times_experts_mma_tile<false>,
+         row_grid(p.experts, (p.n + side - 1) / side), p);
   return true;
 }
 
-bool experts_from_rows_mma(const char* name, const GroupedProblem& p) {
-  if (!in_pieces(p.a.data, p.a.dtype, p.a.n) || !in_pieces(p.b_rows.data, p.b_rows.dtype, p.b_rows.n)) return false;
-  const Grid grid{p.experts.count * ((p.m + side - 1) / side) * ((p.n + side - 1) / side), threads, shared_bytes};
-  launch(name, experts_from_rows_mma_tile, grid, p);
+bool gate_experts_mma(const char* name, const GroupedProblem& p, const Gated& out) {
+  if (!in_pieces(p) || out.ffn % 8 != 0) return false;
+  launch(name, gate_experts_mma_tile, row_grid(p.experts, (2 * out.ffn + side - 1) / side), p, out);
+  return true;
+}
+
+bool gate_experts_backward_mma(const char* name, const GroupedProblem& p, const GatedBackward& gate) {
+  if (!in_pieces(p) || gate.ffn % 8 != 0) return false;
+  launch(name, gate_experts_backward_mma_tile, row_grid(p.experts, (gate.ffn + side - 1) / side), p, gate);
+  return true;
+}
+
+bool experts_from_rows_mma(const char* name, const Experts& experts, const RowsProduct& first,
+                           const RowsProduct& second, bool add) {
+  for (const RowsProduct& product : {first, second})
+    if (!in_pieces(product.a) || !in_pieces(product.b)) return false;
+  const RowsProblem p = rows_problem(experts, first, second, add, side);
+  launch(name, experts_from_rows_mma_tile,
+         Grid{p.blocks_of_first + blocks_of(experts, second, side), threads, shared_bytes}, p);
   return true;
 }
 

@@ -8,8 +8,6 @@
 #include "kernels.hpp"
 #include "team.cuh"
 
-#include <knock/core/math.hpp>
-
 namespace knock::cuda {
 namespace {
 
@@ -124,25 +122,13 @@ __global__ void place_slots(SortProblem p, int64_t* order, int64_t* offsets, int
   });
 }
 
-// ---- Between the products.
-
-/// out (rows, F) = silu(gate) up of hidden (rows, 2F)
-template <class T>
-__global__ void activate(Experts experts, int64_t ffn, const T* hidden, T* out) {
-  using C = compute_t<T>;
-  const int64_t n = experts.offsets[experts.count] * ffn;
-  for (int64_t i = thread_in_grid(); i < n; i += threads_in_grid()) {
-    const int64_t at = i / ffn * 2 * ffn + i % ffn;
-    const C gate = static_cast<C>(hidden[at]), up = static_cast<C>(hidden[at + ffn]);
-    out[i] = gate * math::sigmoid(gate) * up;
-  }
-}
+// ---- Behind the products.
 
 /// out (N, C) = the sum over a token's slots of weight (N, k; null: 1) times the row of y (rows, C) at the slot's
-/// place.
+/// place, or += that.
 template <class T>
-__global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* weights,
-                          const T* y, T* out) {
+__device__ void add_rows(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* weights,
+                         const T* y, bool add, T* out) {
   using C = compute_t<T>;
   for (int64_t i = thread_in_grid(); i < tokens * n; i += threads_in_grid()) {
     const int64_t token = i / n, col = i % n;
@@ -152,40 +138,34 @@ __global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const in
       const C value = static_cast<C>(y[int64_t{place_of[slot]} * n + col]);
       sum += weights ? static_cast<C>(weights[slot]) * value : value;
     }
-    out[i] = sum;
+    out[i] = add ? static_cast<C>(out[i]) + sum : sum;
   }
 }
 
-/// A warp to a row; rows behind the experts' are slots that are left out. With a = silu(gate) up, s the slot's weight
-/// and da (rows, F) the gradient of the unweighted output times down:  ds = da . a,  weighted = s a,  dhidden = s da
-/// times the slopes of a.
 template <class T>
-__global__ void activate_backward(Experts experts, const int64_t* order, int64_t ffn, const T* hidden, const T* da,
-                                  const T* weights, T* dhidden, T* weighted, T* dweights) {
-  using C = compute_t<T>;
-  const Team<warp_size> team;
-  const int64_t rows = experts.offsets[experts.count];
-  for (int64_t row = team.index(); row < experts.slots; row += team.count()) {
-    const int64_t slot = order[row];
-    if (row >= rows) {
-      if (team.lane() == 0) dweights[slot] = T(0.0F);
-      continue;
-    }
-    const C s = static_cast<C>(weights[slot]);
-    const T* const in = hidden + row * 2 * ffn;
-    T* const out = dhidden + row * 2 * ffn;
-    C sum = 0;
-    for (int64_t f = team.lane(); f < ffn; f += warp_size) {
-      const C gate = static_cast<C>(in[f]), up = static_cast<C>(in[ffn + f]),
-              upstream = static_cast<C>(da[row * ffn + f]);
-      const C open = math::sigmoid(gate), silu = gate * open;
-      sum += upstream * (silu * up);
-      weighted[row * ffn + f] = s * (silu * up);
-      out[f] = s * upstream * up * (open * (1 + gate * (1 - open)));
-      out[ffn + f] = s * upstream * silu;
-    }
-    sum = team.join(sum, Sum());
-    if (team.lane() == 0) dweights[slot] = sum;
+__global__ void add_slots(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* weights,
+                          const T* y, T* out) {
+  add_rows<T>(tokens, per_token, n, place_of, weights, y, false, out);
+}
+
+/// dweights (N, k) = the sum of the parts (rows, n) of the row at the slot's place, 0 for a slot that is left out.
+template <class T>
+struct SlotShares {
+  int64_t slots, n;
+  const compute_t<T>* parts;
+  T* dweights;
+};
+
+/// Gradients of a token's row and of its slots' weights.
+template <class T>
+__global__ void add_slots_backward(int64_t tokens, int64_t per_token, int64_t n, const int32_t* place_of, const T* dx,
+                                   bool add, T* out, SlotShares<T> shares) {
+  add_rows<T>(tokens, per_token, n, place_of, nullptr, dx, add, out);
+  for (int64_t slot = thread_in_grid_again(); slot < shares.slots; slot += threads_in_grid()) {
+    compute_t<T> sum = 0;
+    if (place_of[slot] >= 0)
+      for (int64_t i = 0; i < shares.n; ++i) sum += shares.parts[int64_t{place_of[slot]} * shares.n + i];
+    shares.dweights[slot] = T(sum);
   }
 }
 
@@ -202,13 +182,6 @@ struct Layer {
         order(in.order.as<const int64_t>()),
         place_of(in.places.as<const int32_t>()),
         experts{in.offsets.as<const int64_t>(), place_of + slots, in.gate.shape[0], slots} {}
-
-  /// The sum over the slots of each token; y (slots, C).
-  template <class T>
-  void add_up(const char* name, const Scratch& y, const T* weights, const Array& out) const {
-    launch(name, add_slots<T>, grid_for(tokens * features), tokens, per_token, features, place_of, weights,
-           y.as<const T>(), out.as<T>());
-  }
 
   int64_t tokens, features, ffn, slots, per_token;
   const int64_t* order;
@@ -267,14 +240,13 @@ void moe_forward(const MoeInputs& in, const Array& out_hidden, const Array& out)
     const Layer layer(in);
     const DType dtype = in.x.dtype;
     const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
-    rows_times_experts("moe_gate_up", layer.experts, {in.x.data, dtype, layer.features, true},
-                       ExpertMatrices(gate.array, up.array), false, out_hidden);
     const Scratch active(layer.slots * layer.ffn * size_of(dtype)), y(layer.slots * layer.features * size_of(dtype));
-    launch("moe_activate", activate<T>, grid_for(layer.slots * layer.ffn), layer.experts, layer.ffn,
-           out_hidden.as<const T>(), active.as<T>());
+    gate_experts("moe_gate_up", layer.experts, {in.x.data, dtype, layer.features, true},
+                 ExpertMatrices(gate.array, up.array), {out_hidden.data, active.as<void>(), layer.ffn});
     rows_times_experts("moe_down", layer.experts, {active.as<void>(), dtype, layer.ffn, false},
                        ExpertMatrices(down.array), false, matrix(y, dtype, layer.slots, layer.features));
-    layer.add_up<T>("moe_add_slots", y, in.weights.as<const T>(), out);
+    launch("moe_add_slots", add_slots<T>, grid_for(layer.tokens * layer.features), layer.tokens, layer.per_token,
+           layer.features, layer.place_of, in.weights.as<const T>(), y.as<const T>(), out.as<T>());
   });
 }
 
@@ -285,20 +257,20 @@ void moe_backward(const MoeInputs& in, const Array& hidden, const Array& dy, con
     const int64_t slots = layer.slots, ffn = layer.ffn, features = layer.features;
     const SortedRows x{in.x.data, dtype, features, true}, upstream{dy.data, dtype, features, true};
     const WeightsLike gate(in.gate, dtype), up(in.up, dtype), down(in.down, dtype);
-    const Scratch dactive(slots * ffn * size_of(dtype)), dhidden(slots * 2 * ffn * size_of(dtype)),
-        weighted(slots * ffn * size_of(dtype)), dx(slots * features * size_of(dtype));
-    rows_times_experts("moe_down_backward", layer.experts, upstream, ExpertMatrices(down.array), true,
-                       matrix(dactive, dtype, slots, ffn));
-    launch("moe_activate_backward", activate_backward<T>, grid_for(slots * warp_size), layer.experts, layer.order, ffn,
-           hidden.as<const T>(), dactive.as<const T>(), in.weights.as<const T>(), dhidden.as<T>(), weighted.as<T>(),
-           out.weights.as<T>());
-    rows_times_experts("moe_gate_up_backward", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false},
-                       ExpertMatrices(gate.array, up.array), true, matrix(dx, dtype, slots, features));
-    layer.add_up<T>("moe_add_slots", dx, nullptr, out.x);
-    experts_from_rows("moe_gate_up_weights", layer.experts, {dhidden.as<void>(), dtype, 2 * ffn, false}, x,
-                      ExpertMatrices(out.gate, out.up), out.add);
-    experts_from_rows("moe_down_weights", layer.experts, upstream, {weighted.as<void>(), dtype, ffn, false},
-                      ExpertMatrices(out.down), out.add);
+    const int64_t parts_of_row = parts_of(ffn);
+    const Scratch dhidden(slots * 2 * ffn * size_of(dtype)), weighted(slots * ffn * size_of(dtype)),
+        dx(slots * features * size_of(dtype)), parts(slots * parts_of_row * static_cast<int64_t>(sizeof(compute_t<T>)));
+    gate_experts_backward(
+        "moe_down_backward", layer.experts, upstream, ExpertMatrices(down.array),
+        {layer.order, hidden.data, in.weights.data, dhidden.as<void>(), weighted.as<void>(), parts.as<void>(), ffn});
+    const SortedRows dhidden_rows{dhidden.as<void>(), dtype, 2 * ffn, false};
+    rows_times_experts("moe_gate_up_backward", layer.experts, dhidden_rows, ExpertMatrices(gate.array, up.array), true,
+                       matrix(dx, dtype, slots, features));
+    launch("moe_add_slots", add_slots_backward<T>, grid_for(std::max(layer.tokens * features, slots)), layer.tokens,
+           layer.per_token, features, layer.place_of, dx.as<const T>(), out.add_x, out.x.as<T>(),
+           SlotShares<T>{slots, parts_of_row, parts.as<const compute_t<T>>(), out.weights.as<T>()});
+    experts_from_rows("moe_weights", layer.experts, {dhidden_rows, x, ExpertMatrices(out.gate, out.up)},
+                      {upstream, {weighted.as<void>(), dtype, ffn, false}, ExpertMatrices(out.down)}, out.add);
   });
 }
 

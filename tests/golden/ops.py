@@ -565,6 +565,8 @@ op("linear", lambda x, a: F.linear(*x), case(R(3, 4), R(5, 4), R(5)), case(R(3, 
    case(R(4), R(5, 4), R(5)), case(R(2, 3, 4), R(5, 4), R(5)), case(R(2, 2, 3, 4), R(5, 4), None),
    case(R(0, 4), R(5, 4), R(5)), case(R(3, 0), R(5, 0), R(5)), case(R(1, 1), R(1, 1), R(1)),
    case(R(17, 33), R(9, 33), R(9)))
+op("linear_wide", lambda x, a: F.linear(*x), case(R(3, 4), R(5, 4)), case(R(4), R(5, 4)), case(R(2, 3, 4), R(5, 4)),
+   case(R(0, 4), R(5, 4)), case(R(3, 0), R(5, 0)), case(R(1, 1), R(1, 1)), case(R(17, 33), R(9, 33)))
 op("linear_many", lambda x, a: [F.linear(x[0], w) for w in x[1:]], case(R(3, 4), R(5, 4), R(2, 4)),
    case(R(2, 3, 4), R(5, 4), R(4, 4), R(1, 4)), case(R(4), R(5, 4)), case(R(0, 4), R(5, 4), R(2, 4)),
    case(R(1, 1), R(1, 1), R(1, 1)), case(R(17, 33), R(9, 33), R(16, 33)))

@@ -226,6 +226,8 @@ const std::vector<Family>& families() {
        .large = LARGE(f64({300}), f64({257}))},
       {.op = "linear", .call = OP(linear(x[0], x[1], x.size() > 2 ? x[2] : Tensor())), .roundings = 2,
        .large = LARGE(f64({3, 50, 170}), f64({130, 170}), f64({130}))},
+      {.op = "linear_wide", .call = OP(linear_wide(x[0], x[1])), .roundings = 2,
+       .twin = OP(composite::linear_wide(x[0], x[1])), .large = LARGE(f64({3, 50, 170}), f64({130, 170}))},
       {.op = "linear_many", .call = LIST(linear_many(x[0], {x.begin() + 1, x.end()})), .roundings = 3,
        .large = LARGE(f64({3, 50, 170}), f64({130, 170}), f64({40, 170}))},
       {.op = "linear_activation",

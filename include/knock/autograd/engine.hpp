@@ -50,6 +50,12 @@ class BackwardPass {
     receive(root, gradient, "backward");
   }
 
+  /// What has arrived at an edge so far; see Upstream::take_grad.
+  Tensor take_arrived(const Edge& edge, const char* op) {
+    const auto found = arrived_.find(edge.node.get());
+    return found == arrived_.end() ? Tensor() : take_unseen(found->second[static_cast<std::size_t>(edge.index)], op);
+  }
+
   void run() {
     const RecordingGuard guard(recording_);
     const trace::BackwardScope backward;
@@ -95,8 +101,8 @@ class BackwardPass {
     }
   }
 
-  Tensors apply(Node& node, const Tensors& gradients) const {
-    const Upstream upstream(node, gradients, captures_.empty());
+  Tensors apply(Node& node, const Tensors& gradients) {
+    const Upstream upstream(node, gradients, captures_.empty() ? this : nullptr);
     try {
       return node.apply(upstream);
     } catch (...) {
@@ -198,6 +204,15 @@ KNOCK_FUNC void start_all(BackwardPass& pass, const char* op, const Tensors& out
 }
 
 }  // namespace detail
+
+KNOCK_FUNC Tensor Upstream::take_grad(int64_t i) const {
+  if (!pass_ || !needs(i) || is_recording()) return {};
+  const Edge& edge = node_.inputs[static_cast<std::size_t>(i)];
+  if (!edge.node->takes_parts()) return pass_->take_arrived(edge, node_.name());
+  Tensor sum = edge.node->hand_over_sum(node_.name());
+  if (sum.defined()) taken_.emplace_back(i, sum);
+  return sum;
+}
 
 KNOCK_FUNC void backward(const Tensors& outputs, const Tensors& upstream, BackwardOptions options) {
   detail::BackwardPass pass(options.retain_graph, options.create_graph);

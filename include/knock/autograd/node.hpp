@@ -35,6 +35,9 @@ struct Edge {
 };
 
 class Upstream;
+namespace detail {
+class BackwardPass;  // engine.hpp
+}
 
 /// One recorded op. Its outputs' gradients come in, its inputs' gradients go out.
 class Node : public std::enable_shared_from_this<Node> {
@@ -59,8 +62,8 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual bool is_accumulator() const { return false; }
   /// Whether `apply` may be called with each part of a gradient as it arrives, instead of once with their sum.
   virtual bool takes_parts() const { return false; }
-  /// Hands over a gradient that is added up here, if no one else can see it; see Upstream::take_grad.
-  virtual Tensor take_grad(const char* /*op*/) { return {}; }
+  /// Hands over the sum that parts are added to, if no one else can see it.
+  virtual Tensor hand_over_sum(const char* /*op*/) { return {}; }
 
   const char* name() const { return name_; }
   uint64_t sequence() const { return sequence_; }
@@ -98,9 +101,9 @@ Edge gradient_edge(const Tensor& tensor);
 /// What backward of one node gets: the gradients of its outputs.
 class Upstream {
  public:
-  /// `adds_to_leaves`: what a leaf receives is added to its grad().
-  Upstream(Node& node, const Tensors& gradients, bool adds_to_leaves = false)
-      : node_(node), gradients_(gradients), adds_to_leaves_(adds_to_leaves) {}
+  /// `pass`: the backward pass, where the op may take what it adds to.
+  Upstream(Node& node, const Tensors& gradients, detail::BackwardPass* pass = nullptr)
+      : node_(node), gradients_(gradients), pass_(pass) {}
 
   /// Gradient of output i, zeros when none came.
   Tensor dy(int64_t i = 0) const;
@@ -108,10 +111,11 @@ class Upstream {
   bool has(int64_t i) const { return gradients_[static_cast<std::size_t>(i)].defined(); }
   /// Whether the gradient of input i is wanted.
   bool needs(int64_t i) const { return node_.inputs[static_cast<std::size_t>(i)].node != nullptr; }
-  /// What the leaf at input i holds as its grad() already, taken from it: an op that adds its own gradient to these
-  /// elements and returns them spares the pass that would add the two. Undefined where that cannot be: the input is no
-  /// leaf or has hooks, its grad() is absent, not dense or known to others, or the gradients go elsewhere (`grad`,
-  /// create_graph). As Megatron-LM's fused accumulation of weight gradients, for any op.
+  /// What there is of input i's gradient already, taken from where it lies: a leaf's grad(), or what newer ops have
+  /// sent to a tensor in this pass. An op that adds its own gradient to these elements and returns them spares the pass
+  /// that would add the two. Undefined where that cannot be: there is nothing, it is not dense or known to others, or
+  /// the gradients go elsewhere (`grad`, create_graph). Of a leaf with hooks, which see the gradient of one pass, it is
+  /// what has come in this pass. As Megatron-LM's fused accumulation of weight gradients, for any op and any input.
   Tensor take_grad(int64_t i) const;
   /// Gives the leaves back what was taken, with what the op may have added: it has failed.
   void give_back() const;
@@ -123,7 +127,7 @@ class Upstream {
  private:
   Node& node_;
   const Tensors& gradients_;
-  bool adds_to_leaves_;
+  detail::BackwardPass* pass_;
   mutable std::vector<std::pair<int64_t, Tensor>> taken_;  ///< of which inputs
 };
 
@@ -174,6 +178,8 @@ bool wants_recording(std::span<const Tensor> inputs);
 void connect(std::shared_ptr<Node> node, std::span<const Tensor> outputs, std::span<const Tensor> inputs);
 /// A new handle to the same elements, without history.
 Tensor alias(const Tensor& tensor);
+/// Takes a gradient that no one else can see, for `op` to add to: dense, with its only handle here, and no history.
+Tensor take_unseen(Tensor& sum, const char* op);
 
 /// The node that adds to the grad() of a leaf; one for all graphs that reach it.
 std::shared_ptr<Node> accumulator_of(const Tensor& leaf);
@@ -322,6 +328,14 @@ KNOCK_FUNC Tensor alias(const Tensor& tensor) {
   return Tensor(std::move(impl));
 }
 
+KNOCK_FUNC Tensor take_unseen(Tensor& sum, const char* op) {
+  if (!sum.defined() || sum.handle().use_count() != 1 || !sum.is_contiguous()) return {};
+  const TensorImpl& impl = sum.impl();
+  if (impl.storage.use_count() != 1 || impl.requires_grad) return {};
+  impl.storage->bump(op);
+  return std::exchange(sum, Tensor());
+}
+
 /// Adds what reaches a leaf to its `grad()`.
 class Accumulator final : public Node {
  public:
@@ -352,15 +366,9 @@ class Accumulator final : public Node {
     return {};
   }
 
-  Tensor take_grad(const char* op) override {
+  Tensor hand_over_sum(const char* op) override {
     const std::lock_guard lock(mutex_);
-    Meta& meta = meta_of(Tensor(leaf_));
-    if (!meta.grad.defined() || !meta.hooks.empty()) return {};
-    const TensorImpl& grad = meta.grad.impl();
-    const bool unseen = meta.grad.handle().use_count() == 1 && grad.storage.use_count() == 1 && !grad.requires_grad;
-    if (!unseen || !meta.grad.is_contiguous()) return {};
-    grad.storage->bump(op);
-    return std::exchange(meta.grad, Tensor());
+    return take_unseen(meta_of(Tensor(leaf_)).grad, op);
   }
 
  private:
@@ -395,13 +403,6 @@ KNOCK_FUNC Tensor Upstream::dy(int64_t i) const {
   if (gradient.defined()) return gradient;
   const auto& output = node_.outputs[static_cast<std::size_t>(i)];
   return zeros(output.shape, {output.dtype, output.device});
-}
-
-KNOCK_FUNC Tensor Upstream::take_grad(int64_t i) const {
-  if (!adds_to_leaves_ || !needs(i) || is_recording()) return {};
-  Tensor sum = node_.inputs[static_cast<std::size_t>(i)].node->take_grad(node_.name());
-  if (sum.defined()) taken_.emplace_back(i, sum);
-  return sum;
 }
 
 KNOCK_FUNC void Upstream::give_back() const {

@@ -110,7 +110,8 @@ struct MoeInputs {
 /// Gradients of the floating ones.
 struct MoeGradients {
   Array x, weights, gate, up, down;
-  bool add = false;  ///< gate, up and down hold sums that theirs are added to
+  bool add_x = false;  ///< x holds a sum that its own is added to
+  bool add = false;    ///< gate, up and down do
 };
 
 /// A router's scores: sigmoid(logit), or a row's softmax.
@@ -226,6 +227,9 @@ struct Backend {
   void (*gemm)(double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out) = nullptr;
   /// out[i] = a b[i], as gemm makes each: a (M, K), b[i] (K, N_i), out[i] (M, N_i) dense.
   void (*gemm_many)(const Array& a, std::span<const Array> b, std::span<const Array> out) = nullptr;
+  /// out = a b, or += that with `add`: a (M, K), b (K, N), out (M, N) dense, each f32 or bf16. bf16 is widened, f32 not
+  /// rounded before it is multiplied.
+  void (*gemm_wide)(const Array& a, const Array& b, bool add, const Array& out) = nullptr;
   /// out = activation(a b + bias): a (M, K), b (K, N), bias (M, N) or undefined, dtypes as gemm's; out and out_before
   /// (M, N) dense, of a's dtype; out_before is what the activation is given, undefined where that is not wanted.
   void (*gemm_activation)(const Array& a, const Array& b, const Array& bias, Unary activation, const Array& out_before,
@@ -348,7 +352,7 @@ struct Backend {
   X(attention_backward) X(softmax) X(softmax_backward) X(rms_norm) X(rms_norm_backward) X(norm_rope) \
   X(norm_rope_backward) X(layer_norm) X(layer_norm_backward) X(cross_entropy) X(cross_entropy_backward) X(nll_loss) \
   X(nll_loss_backward) X(gated) X(gated_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
-  X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_activation) \
+  X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_wide) X(gemm_activation) \
   X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward) X(router_bias)
 // clang-format on
 #define KNOCK_COUNT(name) +1

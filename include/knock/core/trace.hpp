@@ -98,6 +98,7 @@ template <class... Args>
 void refine(Work&, const Args&...) {}
 void refine(Work& work, double alpha, const Array& a, const Array& b, double beta, const Array& c, const Array& out);
 void refine(Work& work, const Array& a, const std::span<const Array>& b, const std::span<const Array>& out);
+void refine(Work& work, const Array& a, const Array& b, bool add, const Array& out);
 void refine(Work& work, const Array& a, const Array& b, const Array& bias, const Unary& activation, const Array& before,
             const Array& out);
 void refine(Work& work, const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
@@ -267,6 +268,10 @@ KNOCK_FUNC void refine(Work& work, const Array& a, const std::span<const Array>&
 
 KNOCK_FUNC void refine(Work& work, const Array& a, const Array&, const Array&, const Unary&, const Array&,
                        const Array& out) {
+  work.flop = 2 * static_cast<double>(out.numel()) * static_cast<double>(a.shape.back());
+}
+
+KNOCK_FUNC void refine(Work& work, const Array& a, const Array&, bool, const Array& out) {
   work.flop = 2 * static_cast<double>(out.numel()) * static_cast<double>(a.shape.back());
 }
 

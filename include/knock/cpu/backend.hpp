@@ -10,6 +10,7 @@
 #include <knock/cpu/gemm.hpp>
 #include <knock/cpu/gemm_activation.hpp>
 #include <knock/cpu/gemm_many.hpp>
+#include <knock/cpu/gemm_wide.hpp>
 #include <knock/cpu/index.hpp>
 #include <knock/cpu/knock_norm_rope.hpp>
 #include <knock/cpu/loss.hpp>

@@ -115,9 +115,9 @@ Left<P> gather_rows(const Moe<T>& moe, const T* source, int64_t begin, int64_t e
   return {to, stride, 1};
 }
 
-/// out[n] = sum of the token's sorted rows, in the order of its slots; a dropped slot has none.
+/// out[n] = sum of the token's sorted rows, in the order of its slots, or += that; a dropped slot has none.
 template <class T>
-void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
+void combine_rows(const Moe<T>& moe, const T* sorted, bool add, T* out) {
   using C = compute_t<T>;
   parallel_for(moe.tokens, 64, [&](int64_t begin, int64_t end) {
     C* const total = thread_scratch<C>(Slot::user0, moe.c);
@@ -133,7 +133,7 @@ void combine_rows(const Moe<T>& moe, const T* sorted, T* out) {
         }
         T* const to = out + n * moe.c;
         KNOCK_SIMD
-        for (int64_t i = 0; i < moe.c; ++i) to[i] = total[i];
+        for (int64_t i = 0; i < moe.c; ++i) to[i] = add ? static_cast<C>(to[i]) + total[i] : total[i];
       }
     });
   });
@@ -286,7 +286,7 @@ void moe_forward(const Moe<T>& moe, const Array& out_hidden, const Array& out) {
   } else {
     parallel_blocks(moe, forward);
   }
-  combine_rows(moe, sorted.data(), out.as<T>());
+  combine_rows(moe, sorted.data(), false, out.as<T>());
 }
 
 /// The backward of one call: first every block of rows, then the weights' gradients of every expert.
@@ -326,7 +326,7 @@ class MoeBackward {
       parallel_tasks(2 * moe_.experts,
                      [&](int64_t task) { task % 2 == 0 ? gate_and_up_gradients(task / 2) : down_gradient(task / 2); });
     }
-    combine_rows(moe_, dx_.data(), out_.x.template as<T>());
+    combine_rows(moe_, dx_.data(), out_.add_x, out_.x.template as<T>());
   }
 
  private:

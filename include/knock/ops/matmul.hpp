@@ -37,6 +37,10 @@ Tensor addmm(const Tensor& input, const Tensor& a, const Tensor& b, double beta 
 /// bf16 x weight and bias may be f32, which are rounded as they are read: their gradients stay f32.
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 
+/// x w^T in the weight's dtype: beside an f32 weight a bf16 x is multiplied as it is, and the weight is not rounded.
+/// The gradient of x is in its own dtype.
+Tensor linear_wide(const Tensor& x, const Tensor& weight);
+
 /// What linear_activation applies: relu(x), gelu(x), gelu(x, "tanh"), silu(x).
 enum class Activation : uint8_t { relu, gelu, gelu_tanh, silu };
 
@@ -45,6 +49,7 @@ Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bi
 
 namespace composite {
 /// The same written with other ops: documentation and oracle.
+Tensor linear_wide(const Tensor& x, const Tensor& weight);
 Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation);
 }  // namespace composite
 
@@ -174,7 +179,7 @@ KNOCK_FUNC Tensor add_product(const Tensor& sum, const Tensor& a, const Tensor& 
   return sum;
 }
 
-/// The gradient of the weight (out, in) at input i of `linear`, added to what its leaf holds.
+/// The gradient of the weight (out, in) at input i of `linear`, added to what there is of it.
 KNOCK_FUNC Tensor weight_gradient(const autograd::Upstream& up, int64_t i, const Tensor& dy, const Tensor& x,
                                   DType dtype) {
   return add_product(up.take_grad(i), as_rows(dy).t(), as_rows(x), dtype);
@@ -265,7 +270,7 @@ KNOCK_FUNC Array bias_or_none(const Tensor& x, const Tensor& bias, const Array& 
 KNOCK_FUNC Tensors linear_gradients(const autograd::Upstream& up, const Tensor& dy, const Tensor& x, const Tensor& w,
                                     const Tensor& bias) {
   Tensors gradients(3);
-  if (up.needs(0)) gradients[0] = mixed_product(dy, w, dy.dtype());
+  if (up.needs(0)) gradients[0] = add_product(up.take_grad(0), dy, w, dy.dtype());
   if (up.needs(1)) gradients[1] = weight_gradient(up, 1, dy, x, w.dtype());
   if (up.needs(2)) gradients[2] = sum_to(dy, {dy.shape().back()}).to(bias.dtype());
   return gradients;
@@ -290,6 +295,40 @@ KNOCK_FUNC Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bi
                            sb = autograd::Saved(bias)](const autograd::Upstream& up) -> Tensors {
                             return detail::linear_gradients(up, up.dy(), sx.get(up), sw.get(up), sb.get(up));
                           });
+}
+
+namespace detail {
+
+/// a b without rounding them, added to `sum` or, without one, in new memory like `like`.
+KNOCK_FUNC Tensor wide_product(const Tensor& sum, const Array& a, const Array& b, const Tensor& like) {
+  const Tensor out = sum.defined() ? sum : empty(like.shape(), {like.dtype(), like.device()});
+  kernel(&Backend::gemm_wide, "linear_wide", like)(a, b, sum.defined(), rows_of(out));
+  return out;
+}
+
+}  // namespace detail
+
+KNOCK_FUNC Tensor linear_wide(const Tensor& x, const Tensor& weight) {
+  detail::check_linear(x, weight);
+  if (x.dtype() == weight.dtype()) return linear(x, weight);
+  const detail::LinearOperands operands(x, weight, {});
+  const Tensor y = empty(operands.shape, {weight.dtype(), x.device()});  // (..., out)
+  kernel(&Backend::gemm_wide, "linear_wide", x)(detail::rows_of(operands.x), detail::transposed(weight.array()), false,
+                                                detail::rows_of(y));
+  return autograd::record(
+      "linear_wide", y, {x, weight},
+      [sx = autograd::Saved(x), sw = autograd::Saved(weight)](const autograd::Upstream& up) -> Tensors {
+        const Tensor in = sx.get(up), w = sw.get(up);
+        if (autograd::is_recording())
+          return autograd::twin_gradients(up, {in, w},
+                                          [](const Tensors& i) { return composite::linear_wide(i[0], i[1]); });
+        const Tensor dy = detail::as_rows(up.dy()), rows = detail::as_rows(in);  // (R, out), (R, in)
+        Tensors gradients(2);
+        if (up.needs(0)) gradients[0] = detail::wide_product(up.take_grad(0), dy.array(), w.array(), in);
+        if (up.needs(1))
+          gradients[1] = detail::wide_product(up.take_grad(1), detail::transposed(dy.array()), rows.array(), w);
+        return gradients;
+      });
 }
 
 KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation) {
@@ -324,6 +363,8 @@ KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const
 
 namespace composite {
 
+KNOCK_FUNC Tensor linear_wide(const Tensor& x, const Tensor& weight) { return linear(x.to(weight.dtype()), weight); }
+
 KNOCK_FUNC Tensor linear_activation(const Tensor& x, const Tensor& weight, const Tensor& bias, Activation activation) {
   const Tensor before = linear(x, weight, bias);
   if (activation == Activation::relu) return relu(before);
@@ -351,6 +392,7 @@ KNOCK_FUNC Tensors linear_many(const Tensor& x, const Tensors& weights) {
   autograd::record("linear", std::span<const Tensor>(y), std::span<const Tensor>(inputs),
                    [sx = autograd::Saved(x), saved](const autograd::Upstream& up) -> Tensors {
                      Tensors gradients(1 + saved.size());
+                     gradients[0] = up.take_grad(0);
                      for (std::size_t i = 0; i < saved.size(); ++i) {
                        const auto output = static_cast<int64_t>(i);
                        if (!up.has(output)) continue;

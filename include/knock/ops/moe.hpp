@@ -311,14 +311,16 @@ KNOCK_FUNC Tensor moe_experts(const Tensor& x_in, const Tensor& indices, const T
             return composite::moe_experts(in[0], indices.get(up_grad), in[1], in[2], in[3], in[4]);
           });
         const Tensor dy = up_grad.dy().contiguous();
-        Tensors grads = {empty_like(x_now), empty_like(s_now)};
+        const Tensor of_x = up_grad.take_grad(0);
+        Tensors grads = {of_x.defined() ? of_x : empty_like(x_now), empty_like(s_now)};
         const bool add = detail::append_sums(up_grad, {gate_now, up_now, down_now}, grads);
         kernel(&Backend::moe_backward, "moe_experts", x_now)(
             {x_now.array(), sorted.order.array(), sorted.offsets.array(), sorted.places.array(), s_now.array(),
              detail::array_beside(x_now, gate_now), detail::array_beside(x_now, up_now),
              detail::array_beside(x_now, down_now)},
             hidden.array(), dy.array(),
-            {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array(), add});
+            {grads[0].array(), grads[1].array(), grads[2].array(), grads[3].array(), grads[4].array(), of_x.defined(),
+             add});
         return grads;
       });
 }

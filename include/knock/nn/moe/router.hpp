@@ -130,7 +130,7 @@ KNOCK_FUNC RouteOptions TopKRouter::route_options() const {
 
 KNOCK_FUNC Routing TopKRouter::forward(const Tensor& x, const RouteTally& tally) const {
   const DType precise = x.dtype() == DType::f64 ? DType::f64 : DType::f32;
-  const Tensor logits = linear(x.to(precise), weight.to(precise));  // (N, E)
+  const Tensor logits = linear_wide(x, weight.to(precise));  // (N, E)
   const Tensor& bias = e_score_correction_bias;
   const auto [indices, weights] =
       route(logits, bias.defined() ? bias.to(precise) : bias, route_options(), tally, x.dtype());
