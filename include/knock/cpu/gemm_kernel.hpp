@@ -13,8 +13,9 @@
 // bf16 comes in pairs of neighbours along K where the machine has dot products of pairs (vdpbf16ps: two products a lane
 // and step, added up in f32): the same 14 x 32 block, with p in steps of two. Elsewhere it is widened to f32 before.
 //
-// Fewer rows have kernels of their own, so that the rows of a block are shared out evenly. The structure around it is
-// that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
+// Fewer rows have kernels of their own, so that the rows of a block are shared out evenly, and so have columns that
+// half of the vectors hold, as the logits of a router of 16 experts. The structure around it is that of Goto and van de
+// Geijn, "Anatomy of high-performance matrix multiplication" (2008): see cpu/gemm.hpp.
 
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm_amx.hpp>
@@ -70,16 +71,17 @@ using MicroKernel = void (*)(int64_t k, const P* a, int64_t a_row, int64_t a_ste
 inline constexpr int max_micro_rows = 32;
 
 #if KNOCK_X86
-/// Two vectors of float, rounded to bf16.
+/// One and two vectors of float, rounded to bf16.
+typedef uint16_t RoundedHalf __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t RoundedPair __attribute__((vector_size(64), aligned(2), may_alias));
 #endif
 
-/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to `rows`. Blocks of fewer rows may take as
-/// long as those of `multiple` more.
+/// The micro-kernels of one instruction set: `run[r - 1]` makes r rows, up to `rows`; `half[r - 1]` the first half of
+/// their columns. Blocks of fewer rows may take as long as those of `multiple` more.
 template <class P>
 struct MicroKernels {
   int64_t rows, cols, multiple;
-  MicroKernel<P> run[max_micro_rows];
+  MicroKernel<P> run[max_micro_rows], half[max_micro_rows];
 };
 
 /// The micro-kernels of the instruction set in use; those of Pair only where it has them.
@@ -112,13 +114,13 @@ decltype(auto) dispatch_packed(Body&& body) {
 namespace knock::cpu {
 namespace detail {
 
-/// to (2 vectors) = low, then high, in bf16, rounded as in core/dtype.hpp.
-template <int bytes>
-__attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type& low,
-                                                         const typename VectorOf<float, bytes>::Type& high, bf16* to) {
+/// to = the vectors in bf16, rounded as in core/dtype.hpp.
+template <int bytes, int vectors>
+__attribute__((always_inline)) inline void store_rounded(const typename VectorOf<float, bytes>::Type (&values)[vectors],
+                                                         bf16* to) {
   using Bits = typename VectorOf<uint32_t, bytes>::Type;
   typedef uint16_t Half __attribute__((vector_size(bytes / 2), aligned(2), may_alias));
-  for (const auto& value : {low, high}) {
+  for (const auto& value : values) {
     const Bits bits = reinterpret_cast<Bits>(value), upper = bits >> 16;
     const Bits rounded = (bits + 0x7fffU + (upper & 1U)) >> 16;
     *reinterpret_cast<Half*>(to) = __builtin_convertvector(value == value ? rounded : upper | 0x40U, Half);
@@ -134,59 +136,68 @@ __attribute__((always_inline)) inline void store_rounded(const typename VectorOf
 #define KNOCK_ADD_DOT_PRODUCT(acc, factor, b) \
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(b), "v"(std::bit_cast<int>(factor) - VectorOf<int, 64>::Type{}))
 
-// bf16 at `to`: two vectors of float, by arithmetic or by the processor.
-#define KNOCK_ROUND(low, high, to) store_rounded<sizeof(low)>(low, high, to)
-#define KNOCK_ROUND_DOT_PRODUCTS(low, high, to) \
-  __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*reinterpret_cast<RoundedPair*>(to)) : "v"(low), "v"(high))
+// bf16 at `to`: one or two vectors of float, by arithmetic or by the processor.
+#define KNOCK_ROUND(values, to) store_rounded<sizeof(values[0]), vectors>(values, to);
+#define KNOCK_ROUND_DOT_PRODUCTS(values, to)                                                                           \
+  if constexpr (vectors == 2) {                                                                                        \
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(*reinterpret_cast<RoundedPair*>(to)) : "v"(values[0]), "v"(values[1])); \
+  } else {                                                                                                             \
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(*reinterpret_cast<RoundedHalf*>(to)) : "v"(values[0]));                      \
+  }
 
 // Row i of the results becomes alpha * acc + beta * addend.
-#define KNOCK_STORE_ROW(acc0, acc1, i, ROUND)                                                          \
-  {                                                                                                    \
-    using Unaligned = typename Vector::Unaligned;                                                      \
-    typename Vector::Type low = to.alpha * (acc0), high = to.alpha * (acc1);                           \
-    if (to.beta != 0) {                                                                                \
-      const auto* const addend = to.addend + (i)*to.addend_stride;                                     \
-      low += to.beta * *reinterpret_cast<const Unaligned*>(addend);                                    \
-      high += to.beta * *reinterpret_cast<const Unaligned*>(addend + lanes);                           \
-    }                                                                                                  \
-    if (to.rounded) {                                                                                  \
-      if constexpr (std::is_same_v<sum_t<P>, float>) ROUND(low, high, to.rounded + (i)*to.out_stride); \
-    } else {                                                                                           \
-      *reinterpret_cast<Unaligned*>(to.out + (i)*to.out_stride) = low;                                 \
-      *reinterpret_cast<Unaligned*>(to.out + (i)*to.out_stride + lanes) = high;                        \
-    }                                                                                                  \
+#define KNOCK_STORE_ROW(acc, i, ROUND)                                           \
+  {                                                                              \
+    using Unaligned = typename Vector::Unaligned;                                \
+    typename Vector::Type values[vectors];                                       \
+    KNOCK_UNROLL for (int v = 0; v < vectors; ++v) {                             \
+      values[v] = to.alpha * (acc)[v];                                           \
+      if (to.beta != 0) {                                                        \
+        const auto* const addend = to.addend + (i)*to.addend_stride + v * lanes; \
+        values[v] += to.beta * *reinterpret_cast<const Unaligned*>(addend);      \
+      }                                                                          \
+    }                                                                            \
+    if (to.rounded) {                                                            \
+      if constexpr (std::is_same_v<sum_t<P>, float>) {                           \
+        ROUND(values, to.rounded + (i)*to.out_stride)                            \
+      }                                                                          \
+    } else {                                                                     \
+      auto* const row_out = to.out + (i)*to.out_stride;                          \
+      KNOCK_UNROLL for (int v = 0; v < vectors; ++v) {                           \
+        *reinterpret_cast<Unaligned*>(row_out + v * lanes) = values[v];          \
+      }                                                                          \
+    }                                                                            \
   }
 
 // One text, compiled once per instruction set. Rows of a are reached from three of them, hidden from the compiler,
 // which would keep the distance of every row in a register and run out of them.
-#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT, ROUND)                                     \
-  template <class P, int rows>                                                                          \
-  target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step,    \
-                   const MicroOutput<sum_t<P>>& to) {                                                   \
-    using Vector = VectorOf<sum_t<P>, bytes>;                                                           \
-    constexpr int lanes = Vector::lanes;                                                                \
-    if (!to.rounded) {                                                                                  \
-      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                     \
-        __builtin_prefetch(to.out + i * to.out_stride, 1);                                              \
-        __builtin_prefetch(to.out + i * to.out_stride + lanes, 1);                                      \
-      }                                                                                                 \
-    }                                                                                                   \
-    const P* group[] = {a, a + (rows > 5 ? 5 : 0) * a_row, a + (rows > 10 ? 10 : 0) * a_row};           \
-    int64_t row = a_row, three_rows = 3 * a_row;                                                        \
-    __asm__("" : "+r"(group[0]), "+r"(group[1]), "+r"(group[2]), "+r"(row), "+r"(three_rows));          \
-    typename Vector::Type acc[rows][2] = {};                                                            \
-    for (int64_t p = 0; p < k; ++p) {                                                                   \
-      const typename Vector::Type b0 = *reinterpret_cast<const typename Vector::Unaligned*>(b);         \
-      const typename Vector::Type b1 = *reinterpret_cast<const typename Vector::Unaligned*>(b + lanes); \
-      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                     \
-        const P factor = group[i / 5][i % 5 == 3 ? three_rows : i % 5 * row];                           \
-        ADD_PRODUCT(acc[i][0], factor, b0);                                                             \
-        ADD_PRODUCT(acc[i][1], factor, b1);                                                             \
-      }                                                                                                 \
-      for (const P*& at : group) at += a_step;                                                          \
-      b += b_step;                                                                                      \
-    }                                                                                                   \
-    KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_STORE_ROW(acc[i][0], acc[i][1], i, ROUND)         \
+#define KNOCK_MICRO_KERNEL(name, target, bytes, ADD_PRODUCT, ROUND)                                  \
+  template <class P, int rows, int vectors>                                                          \
+  target void name(int64_t k, const P* a, int64_t a_row, int64_t a_step, const P* b, int64_t b_step, \
+                   const MicroOutput<sum_t<P>>& to) {                                                \
+    using Vector = VectorOf<sum_t<P>, bytes>;                                                        \
+    constexpr int lanes = Vector::lanes;                                                             \
+    if (!to.rounded) {                                                                               \
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_UNROLL for (int v = 0; v < vectors; ++v)     \
+          __builtin_prefetch(to.out + i * to.out_stride + v * lanes, 1);                             \
+    }                                                                                                \
+    const P* group[] = {a, a + (rows > 5 ? 5 : 0) * a_row, a + (rows > 10 ? 10 : 0) * a_row};        \
+    int64_t row = a_row, three_rows = 3 * a_row;                                                     \
+    __asm__("" : "+r"(group[0]), "+r"(group[1]), "+r"(group[2]), "+r"(row), "+r"(three_rows));       \
+    typename Vector::Type acc[rows][vectors] = {};                                                   \
+    for (int64_t p = 0; p < k; ++p) {                                                                \
+      typename Vector::Type values[vectors];                                                         \
+      KNOCK_UNROLL for (int v = 0; v < vectors; ++v) {                                               \
+        values[v] = *reinterpret_cast<const typename Vector::Unaligned*>(b + v * lanes);             \
+      }                                                                                              \
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {                                                  \
+        const P factor = group[i / 5][i % 5 == 3 ? three_rows : i % 5 * row];                        \
+        KNOCK_UNROLL for (int v = 0; v < vectors; ++v) ADD_PRODUCT(acc[i][v], factor, values[v]);    \
+      }                                                                                              \
+      for (const P*& at : group) at += a_step;                                                       \
+      b += b_step;                                                                                   \
+    }                                                                                                \
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) KNOCK_STORE_ROW(acc[i], i, ROUND)                    \
   }
 
 KNOCK_MICRO_KERNEL(micro_portable, KNOCK_TARGET_PORTABLE, 16, KNOCK_ADD_PRODUCT, KNOCK_ROUND)
@@ -196,7 +207,7 @@ KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT, KNO
 KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT, KNOCK_ROUND_DOT_PRODUCTS)
 
 /// The sums come from the matrix unit.
-template <class Tiles, int rows>
+template <class Tiles, int rows, int vectors>
 KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, int64_t a_step, const Pair* b,
                                      int64_t b_step, const MicroOutput<float>& to) {
   using P = Pair;
@@ -206,7 +217,7 @@ KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, in
   tile_kernel<Tiles>(rows, k, a, a_row, a_step, b, b_step, sums[0]);
   for (int i = 0; i < rows; ++i) {
     const auto* const both = reinterpret_cast<const typename Vector::Type*>(sums[i]);
-    KNOCK_STORE_ROW(both[0], both[1], i, KNOCK_ROUND)
+    KNOCK_STORE_ROW(both, i, KNOCK_ROUND)
   }
 }
 #endif
@@ -218,14 +229,19 @@ KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, in
 #undef KNOCK_ADD_DOT_PRODUCT
 #undef KNOCK_UNROLL
 
+// The kernels of one instruction set: of each number of rows up to `most`, with both vectors and with one.
+#define KNOCK_ALL_ROWS(name, most)                                   \
+  {(i < most ? name < T, i < most ? i + 1 : 1, 2 > : nullptr)...}, { \
+    (i < most ? name < T, i < most ? i + 1 : 1, 1 > : nullptr)...    \
+  }
+
 template <class T, int... i>
 const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
   constexpr int bytes = static_cast<int>(sizeof(T));
-  static constexpr MicroKernels<T> portable{
-      4, 32 / bytes, 1, {(i < 4 ? micro_portable < T, i < 4 ? i + 1 : 1 > : nullptr)...}};
+  static constexpr MicroKernels<T> portable{4, 32 / bytes, 1, KNOCK_ALL_ROWS(micro_portable, 4)};
 #if KNOCK_X86
-  static constexpr MicroKernels<T> avx2{6, 64 / bytes, 1, {(i < 6 ? micro_avx2 < T, i < 6 ? i + 1 : 1 > : nullptr)...}};
-  static constexpr MicroKernels<T> avx512{14, 128 / bytes, 1, {micro_avx512<T, i + 1>...}};
+  static constexpr MicroKernels<T> avx2{6, 64 / bytes, 1, KNOCK_ALL_ROWS(micro_avx2, 6)};
+  static constexpr MicroKernels<T> avx512{14, 128 / bytes, 1, KNOCK_ALL_ROWS(micro_avx512, 14)};
   if (isa >= Isa::avx512) return avx512;
   if (isa == Isa::avx2) return avx2;
 #endif
@@ -236,14 +252,16 @@ const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
 /// The micro-kernels of a matrix unit.
 template <class Tiles, int... i>
 constexpr MicroKernels<Pair> tile_kernels(std::integer_sequence<int, i...>) {
-  return {32, 32, tile_size, {micro_tiles<Tiles, i + 1>...}};
+  return {32, 32, tile_size, {micro_tiles<Tiles, i + 1, 2>...}, {micro_tiles<Tiles, i + 1, 1>...}};
 }
 
 template <int... i>
 constexpr MicroKernels<Pair> dot_product_kernels(std::integer_sequence<int, i...>) {
-  return {14, 32, 1, {micro_avx512_bf16<Pair, i + 1>...}};
+  using T = Pair;
+  return {14, 32, 1, KNOCK_ALL_ROWS(micro_avx512_bf16, 14)};
 }
 #endif
+#undef KNOCK_ALL_ROWS
 
 }  // namespace detail
 

@@ -50,8 +50,8 @@ const ThinKernels<T>& thin_kernels() {
   }
 }
 
-/// Most rows of a thin product: beyond, packing b pays.
-inline constexpr int64_t thin_rows = 16;
+/// Most rows of a thin product: beyond, packing b pays. Where b is contiguous along n, it pays earlier.
+inline constexpr int64_t thin_rows = 16, thin_sum_rows = 4;
 
 /// The left operand of dot products: rows contiguous along k, in the type the kernels want.
 struct ThinLeft {
@@ -179,7 +179,7 @@ using ThinProduct = void (*)(int64_t, int64_t, int64_t, C, Matrix<const T>, Matr
 template <class T, class C>
 ThinProduct<T, C> thin_product(int64_t m, int64_t n, int64_t k, Matrix<const T> b) {
   if (m <= thin_rows && b.row_stride == 1 && k >= 8) return thin_dot_product<T, C>;
-  if (m <= thin_rows && b.col_stride == 1 && n >= 16) return thin_add_product<T, C>;
+  if (m <= thin_sum_rows && b.col_stride == 1 && n >= 16) return thin_add_product<T, C>;
   return nullptr;
 }
 

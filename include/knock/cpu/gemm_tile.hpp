@@ -392,7 +392,8 @@ void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<P>& a, const
   const TileScope scope;
   const int64_t strips = (m + kernels.rows - 1) / kernels.rows;
   for (int64_t col = 0; col < n; col += kernels.cols) {
-    const int64_t cols = std::min(kernels.cols, n - col);
+    const int64_t cols = std::min(kernels.cols, n - col), half = kernels.cols / 2;
+    const auto& run = cols <= half ? kernels.half : kernels.run;
     const P* const panel = b + col * panel_stride;
     for (int64_t s = 0; s < strips; ++s) {
       const int64_t start = strip_start(m, strips, s, kernels.multiple),
@@ -405,13 +406,12 @@ void multiply_block(int64_t m, int64_t n, int64_t depth, const Left<P>& a, const
       } else {
         part.out += start * to.out_stride + col;
       }
-      if (cols == kernels.cols) {
-        kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step, part);
+      if (cols == kernels.cols || cols == half) {
+        run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step, part);
         continue;
       }
       C* const edge = thread_scratch<C>(Slot::edge, rows * kernels.cols);
-      kernels.run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step,
-                            {edge, kernels.cols, nullptr, 0, to.alpha, 0});
+      run[rows - 1](depth, strip, a.row_stride, a.step, panel, b_step, {edge, kernels.cols, nullptr, 0, to.alpha, 0});
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < cols; ++j) {
           C value = edge[i * kernels.cols + j];
