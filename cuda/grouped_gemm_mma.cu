@@ -269,14 +269,14 @@ __global__ void __launch_bounds__(threads, 2)
         return pack(swiglu(g.x, u.x), swiglu(g.y, u.y));
       };
       const uint2 gate = pairs(0), up = pairs(2);
-      const uint2 in_order[3] = {exchange(gate), exchange(up),
-                                 exchange(make_uint2(activate(gate.x, up.x), activate(gate.y, up.y)))};
+      const uint2 gate_at = exchange(gate), up_at = exchange(up),
+                  active_at = exchange(make_uint2(activate(gate.x, up.x), activate(gate.y, up.y)));
       const int64_t row = tile.first + warp / 4 * 64 + 16 * i + 8 * half + lane / 4;
       if (row >= tile.end || feature >= out.ffn) continue;
       auto* const hidden = static_cast<__nv_bfloat16*>(out.hidden) + row * 2 * out.ffn + feature;
-      *reinterpret_cast<uint2*>(hidden) = in_order[0];
-      *reinterpret_cast<uint2*>(hidden + out.ffn) = in_order[1];
-      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.active) + row * out.ffn + feature) = in_order[2];
+      *reinterpret_cast<uint2*>(hidden) = gate_at;
+      *reinterpret_cast<uint2*>(hidden + out.ffn) = up_at;
+      *reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(out.active) + row * out.ffn + feature) = active_at;
     }
 }
 

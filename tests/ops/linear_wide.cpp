@@ -54,7 +54,8 @@ double error_of(const Tensor& found, const Tensor& expected, int64_t n) {
 TEST_CASE("linear_wide: bf16 beside f32, as in f64") {
   manual_seed(31);
   for (const Device& device : test::devices())
-    for (const auto& [rows, in, out] : extents) {
+    for (const Extents& n : extents) {
+      const int64_t rows = n.rows, in = n.in, out = n.out;
       INFO(text(device, " ", rows, " ", in, " ", out));
       const Tensor x = random({rows, in}, DType::bf16, device).requires_grad_(),
                    w = random({out, in}, DType::f32, device).requires_grad_(),
@@ -112,13 +113,14 @@ TEST_CASE("products add their gradient to what has arrived, in one rounding") {
     double tolerance;
   };
   for (const Device& device : test::devices())
-    for (const auto& [dtype, of_weights, tolerance] : {Precision{DType::f64, DType::f64, 1e-12},
-                                                       {DType::f32, DType::f32, 1e-4},
-                                                       {DType::bf16, DType::bf16, 0.3},
-                                                       {DType::bf16, DType::f32, 0.3}}) {
-      INFO(text(device, " ", dtype, " ", of_weights));
+    for (const Precision& precision : {Precision{DType::f64, DType::f64, 1e-12},
+                                       {DType::f32, DType::f32, 1e-4},
+                                       {DType::bf16, DType::bf16, 0.3},
+                                       {DType::bf16, DType::f32, 0.3}}) {
+      const DType dtype = precision.x;
+      INFO(text(device, " ", dtype, " ", precision.w));
       const int64_t tokens = 70, features = 24, experts = 4;
-      const auto weight = [&, type = of_weights](const Shape& shape) { return random(shape, type, device) * 0.3; };
+      const auto weight = [&](const Shape& shape) { return random(shape, precision.w, device) * 0.3; };
       const Tensor w = weight({40, features}), v = weight({9, features}), gate = weight({experts, 8, features}),
                    up = weight({experts, 8, features}), down = weight({experts, features, 8}),
                    chosen = remainder(arange(tokens * 2), experts + 1).reshape({tokens, 2}).to(device) - 1,
@@ -146,7 +148,7 @@ TEST_CASE("products add their gradient to what has arrived, in one rounding") {
       Tensor expected = zeros({tokens, features}, {.dtype = DType::f64});
       for (const auto& use : uses) expected.add_(gradient({use}).to(Device("cpu")).to(DType::f64));
       const Tensor all = gradient(uses);
-      CHECK(distance(all.to(Device("cpu")).to(DType::f64), expected) <= tolerance);
+      CHECK(distance(all.to(Device("cpu")).to(DType::f64), expected) <= precision.tolerance);
       CHECK(same_bits(all, gradient(uses)));
     }
 }
