@@ -42,6 +42,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* r
                : "memory");
 }
 
+/// A matrix (8, 8) of bf16 transposed: a lane gives and gets the elements (l / 4, 2 (l % 4)) and the next.
+__device__ inline uint32_t transpose_matrix(uint32_t matrix) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(matrix));
+  return y;
+}
+
 /// Begins to copy 16 bytes to shared memory; with `bytes` = 0 it begins to write zeros, and `from` is not read.
 __device__ inline void copy_async(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)

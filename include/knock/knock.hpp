@@ -37,6 +37,7 @@
 #include <knock/ops/loss.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/mlp_knock.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/norm.hpp>
 #include <knock/ops/norm_rope.hpp>

@@ -9,6 +9,7 @@
 #include <knock/ops/loss.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/mlp_knock.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/norm.hpp>
 #include <knock/ops/norm_rope.hpp>
@@ -137,6 +138,24 @@ TEST_CASE("limits: a knock with norm and rotation") {
   on_tensor_cores(128, 19.5, 16.5);
   on_tensor_cores(256, 14.8, 17.4);  // the knock streams
   pass(DType::f32, 128, {{.kernel = "knock_norm_rope_general"}, {.kernel = "knock_norm_rope_backward_general"}});
+}
+
+TEST_CASE("limits: an mlp knock") {
+  const auto pass = [](int64_t depth, double forward, double dx, double matrices) {
+    constexpr int64_t rows = 8192;
+    const auto matrix = [&] { return (on_device({depth, depth}) * 0.1).to(DType::bf16).detach().requires_grad_(); };
+    const Tensor x = on_device({rows, depth}, DType::bf16).requires_grad_(), gate = matrix(), up = matrix(),
+                 down = matrix(), dy = on_device({rows, depth}, DType::bf16);
+    const double product = static_cast<double>(rows * depth * depth) / (16.0 * 8 * 16);
+    check_limits({{.kernel = "mlp_knock_mma", .instructions = forward, .mma = 1, .ideal_mma = 3 * product},
+                  {.kernel = "mlp_knock_dx_mma", .instructions = dx, .mma = 1, .ideal_mma = 5 * product},
+                  {.kernel = "mlp_knock_matrices_mma", .instructions = matrices, .mma = 1, .ideal_mma = 6 * product},
+                  {.kernel = "add_mlp_knock_parts"}},
+                 [&] { mlp_knock(x, gate, up, down).backward(dy); });
+  };
+  pass(64, 13.2, 11.6, 12.5);
+  pass(80, 12.2, 9.8, 12.4);  // rows of shared memory that are no multiple of its banks
+  pass(128, 8.8, 7.7, 10);
 }
 
 TEST_CASE("limits: experts on the tensor cores") {

@@ -888,6 +888,21 @@ op("knock_norm_rope", knock_norm_rope, case(R(2, 5, 3, 8), R(8, 8), X([0, 1, 2, 
    case(R(1, 4, 2, 48), R(48, 48), X([3, 0, 1, 70])), case(R(1, 3, 2, 5), R(5, 5), None, R(5)))
 
 
+def mlp_knock(x, _):
+    """x (..., D), gate, up, down (D, D)"""
+    gate, up, down = x[1:]
+    return (2 * torch.sigmoid(x[0] @ gate.T) * (x[0] @ up.T)) @ down.T
+
+
+def mlp_knock_case(*shape):
+    d = shape[-1]
+    return case(R(*shape), R(d, d, lo=-0.5, hi=0.5), R(d, d), R(d, d))
+
+
+op("mlp_knock", mlp_knock, *(mlp_knock_case(*shape) for shape in (
+    (2, 5, 3, 8), (7, 5), (4,), (1, 1), (0, 3, 4), (1, 16), (2, 9, 2, 16), (0, 2, 16), (35, 32))))
+
+
 def attention(x, a):
     """softmax(scale q k^T + mask) v, spelled out. A query that may look at nothing gives zeros."""
     q, k, v, mask = x[0], x[1], x[2], x[3] if len(x) > 3 else None

@@ -159,6 +159,16 @@ struct NormRope {
   bool interleaved;
 };
 
+/// The matrices of an mlp knock (ops/mlp_knock.hpp), each (D, D) and dense, stored as a Linear's weight.
+struct MlpKnock {
+  Array gate, up, down;
+};
+/// Gradients of x and of the matrices, dense; undefined where they are not wanted.
+struct MlpKnockGradients {
+  Array x, gate, up, down;
+  bool add = false;  ///< the matrices' hold sums that theirs are added to
+};
+
 /// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise
 /// arrays may have any strides and the arrays of one call have the same shape.
 struct Backend {
@@ -288,6 +298,11 @@ struct Backend {
   void (*knock_norm_rope_backward)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                    const Array& positions, const Array& product, const Array& stats, const Array& dy,
                                    const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) = nullptr;
+  /// bf16 heads of a multiple of 16 features up to 128, dense, at addresses that are multiples of 16 bytes, as those of
+  /// the bf16 matrices. x, y and dy (..., D). Only accelerators have the two.
+  void (*mlp_knock)(const Array& x, const MlpKnock& knock, const Array& out_y) = nullptr;
+  void (*mlp_knock_backward)(const Array& x, const MlpKnock& knock, const Array& dy,
+                             const MlpKnockGradients& out) = nullptr;
   /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                      const Array& out_stats) = nullptr;
@@ -343,9 +358,10 @@ struct Backend {
   void (*router_bias)(BiasRule rule, double speed, std::span<const BiasUpdate> updates) = nullptr;
 };
 
-// Every entry of the table: what fills it (cpu/backend.hpp) and what names its kernels (core/trace.hpp) walk this list.
+// Every entry of the table: what fills it (cpu/backend.hpp: the CPU's) and what names its kernels (core/trace.hpp) walk
+// these lists.
 // clang-format off
-#define KNOCK_KERNELS(X) \
+#define KNOCK_CPU_KERNELS(X) \
   X(fill) X(copy) X(arange) X(random) X(unary) X(unary_backward) X(binary) X(binary_scalar) X(where) X(lerp) \
   X(reduce) X(arg_reduce) X(scan) X(recurrence) X(sort) X(topk) X(multinomial) X(gather) X(scatter) \
   X(scatter_add) X(find_outside) X(count_nonzero) X(nonzero) X(triangle) X(gemm) X(rope) X(attention) \
@@ -354,6 +370,7 @@ struct Backend {
   X(nll_loss_backward) X(gated) X(gated_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
   X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_wide) X(gemm_activation) \
   X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward) X(router_bias)
+#define KNOCK_KERNELS(X) KNOCK_CPU_KERNELS(X) X(mlp_knock) X(mlp_knock_backward)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

@@ -83,6 +83,8 @@ struct Work {
   void add(std::span<const Array> arrays);
   void add(const MoeInputs& in);
   void add(const MoeGradients& out);
+  void add(const MlpKnock& knock);
+  void add(const MlpKnockGradients& out);
   void add(std::span<const AdamWUpdate> updates);
   void add(std::span<const SgdUpdate> updates);
   void add(std::span<const BiasUpdate> updates);
@@ -114,6 +116,8 @@ void refine(Work& work, const NormRope& options, const Array& x, const Array& kn
 void refine(Work& work, const NormRope& options, const Array& x, const Array& knock, const Array& weight,
             const Array& positions, const Array& stats, const Array& dy, const Array& dproduct, const Array& dx,
             const Array& dweight);
+void refine(Work& work, const Array& x, const MlpKnock& knock, const Array& y);
+void refine(Work& work, const Array& x, const MlpKnock& knock, const Array& dy, const MlpKnockGradients& out);
 
 template <class... Args>
 Work work_of(const Args&... args) {
@@ -236,6 +240,16 @@ KNOCK_FUNC void Work::add(const MoeGradients& out) {
   for (const Array* sum : {&out.gate, &out.up, &out.down}) bytes += bytes_of(*sum);  // read as well
 }
 
+KNOCK_FUNC void Work::add(const MlpKnock& knock) {
+  for (const Array* array : {&knock.gate, &knock.up, &knock.down}) add(*array);
+}
+
+KNOCK_FUNC void Work::add(const MlpKnockGradients& out) {
+  for (const Array* array : {&out.x, &out.gate, &out.up, &out.down}) add(*array);
+  if (!out.add) return;
+  for (const Array* sum : {&out.gate, &out.up, &out.down}) bytes += bytes_of(*sum);  // read as well
+}
+
 KNOCK_FUNC void Work::add(std::span<const AdamWUpdate> updates) {
   for (const AdamWUpdate& u : updates) {
     for (const Array* array : {&u.param, &u.grad, &u.exp_avg, &u.exp_avg_sq, &u.rounded}) add(*array);
@@ -321,6 +335,17 @@ KNOCK_FUNC void refine(Work& work, const NormRope&, const Array& x, const Array&
 KNOCK_FUNC void refine(Work& work, const NormRope& options, const Array& x, const Array&, const Array&, const Array&,
                        const Array&, const Array&, const Array&, const Array& dx, const Array&) {
   const int products = (options.norm ? 1 : 0) + (dx.defined() ? 1 : 0);
+  work.flop = 2 * products * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
+}
+
+KNOCK_FUNC void refine(Work& work, const Array& x, const MlpKnock&, const Array&) {
+  work.flop = 6 * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
+}
+
+// The gate's and the up product again and the gradient of what is between the products, for dx and for the matrices;
+// two products for dx, one for each matrix.
+KNOCK_FUNC void refine(Work& work, const Array& x, const MlpKnock&, const Array&, const MlpKnockGradients& out) {
+  const int products = (out.x.defined() ? 5 : 0) + (out.gate.defined() ? 6 : 0);
   work.flop = 2 * products * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
 }
 

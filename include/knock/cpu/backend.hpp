@@ -1,5 +1,5 @@
 #pragma once
-// The CPU's kernel table: an entry of KNOCK_KERNELS is the function of its name in knock::cpu.
+// The CPU's kernel table: an entry of KNOCK_CPU_KERNELS is the function of its name in knock::cpu.
 
 #include <knock/core/backend.hpp>
 
@@ -37,7 +37,7 @@ KNOCK_FUNC const Backend& table() {
   static const Backend kernels = [] {
     Backend b;
 #define KNOCK_ENTRY(name) b.name = name;
-    KNOCK_KERNELS(KNOCK_ENTRY)
+    KNOCK_CPU_KERNELS(KNOCK_ENTRY)
 #undef KNOCK_ENTRY
     return b;
   }();

@@ -53,6 +53,7 @@ void fold_into_columns(const Tensor& columns, const Tensor& knock);
 #include <knock/ops/binary.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/mlp.hpp>
+#include <knock/ops/mlp_knock.hpp>
 
 namespace knock::nn {
 
@@ -76,8 +77,7 @@ KNOCK_FUNC KnockLayer::KnockLayer(Knock kind, int64_t head_dim) : kind_(kind) {
 KNOCK_FUNC Tensor KnockLayer::forward(const Tensor& x) {
   if (kind_ == Knock::linear) return linear(x, beside(x, weight_));
   if (kind_ == Knock::gate) return sigmoid_gate(gate_->forward(x), x, 2);
-  const Tensors projected = forward_many(x, {gate_.get(), up_.get()});
-  return down_->forward(sigmoid_gate(projected[0], projected[1], 2));
+  return mlp_knock(x, beside(x, gate_->weight), beside(x, up_->weight), beside(x, down_->weight));
 }
 
 KNOCK_FUNC void fold_into_rows(const Tensor& rows, const Tensor& knock, double scale) {
