@@ -70,13 +70,20 @@ struct Tiling {
   int64_t count() const { return row_tiles * col_tiles; }
 };
 
-/// Tiles of up to 128 rows and 512 columns; narrower ones where there would be few tiles for each thread.
+/// Columns of one task of those that share out n columns `times` over: 512, fewer where there would be few tasks for
+/// each thread.
+template <class P>
+int64_t task_cols(int64_t times, int64_t n) {
+  const int64_t width = micro_kernels<P>().cols, least = 4 * num_threads();
+  int64_t cols = 512;
+  while (cols > 2 * width && times * ((n + cols - 1) / cols) < least) cols /= 2;
+  return cols;
+}
+
+/// Tiles of up to 128 rows.
 template <class P>
 Tiling tile(int64_t m, int64_t n) {
-  const int64_t width = micro_kernels<P>().cols, least = 4 * num_threads();
-  const int64_t row_tiles = (m + 127) / 128;
-  int64_t tile_cols = 512;
-  while (tile_cols > 2 * width && row_tiles * ((n + tile_cols - 1) / tile_cols) < least) tile_cols /= 2;
+  const int64_t row_tiles = (m + 127) / 128, tile_cols = task_cols<P>(row_tiles, n);
   return {row_tiles, tile_cols, (n + tile_cols - 1) / tile_cols};
 }
 
@@ -97,17 +104,23 @@ void gemm_long(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Opera
     const Matrix<C> own{partial + part * m * n, n, 1};
     multiply<P>(m, n, end - begin, alpha, a.block(0, begin), b.block(begin, 0), 0, own, own);
   });
-  for (int64_t part = 1; part < parts; ++part) {
-    KNOCK_SIMD
-    for (int64_t i = 0; i < m * n; ++i) partial[i] += partial[part * m * n + i];
-  }
-  const Matrix<C> sum{partial, n, 1};
-  if (beta != 0) {
-    const Matrix<C> kept{partial + (parts - 1) * m * n, n, 1};  // a part that is added up already
-    scale_addend<P>(m, n, beta, c, kept);
-    for (int64_t i = 0; i < m * n; ++i) partial[i] += kept.data[i];
-  }
-  scale_addend<P>(m, n, 1, sum, out);
+  parallel_for(m, std::max<int64_t>(1, 8192 / n), [&](int64_t begin, int64_t end) {
+    const int64_t rows = end - begin;
+    C* const sum = partial + begin * n;
+    const auto add = [&](const C* part) {
+      vectorized([&] {
+        KNOCK_SIMD
+        for (int64_t i = 0; i < rows * n; ++i) sum[i] += part[i];
+      });
+    };
+    for (int64_t part = 1; part < parts; ++part) add(sum + part * m * n);
+    if (beta != 0) {
+      C* const kept = sum + (parts - 1) * m * n;  // a part that is added up already
+      scale_addend<P>(rows, n, beta, c.block(begin, 0), Matrix<C>{kept, n, 1});
+      add(kept);
+    }
+    scale_addend<P>(rows, n, 1, Matrix<C>{sum, n, 1}, out.block(begin, 0));
+  });
 }
 
 /// One matrix after the other; each over all threads.
@@ -126,8 +139,7 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   }
   const int64_t cols = padded_cols<P>(n), k_blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
   const Scratch<P> panels(packed_size<P>(k, n));
-  constexpr int64_t pack_cols = 512;
-  const int64_t pack_tasks = (n + pack_cols - 1) / pack_cols;
+  const int64_t pack_cols = task_cols<P>(k_blocks, n), pack_tasks = (n + pack_cols - 1) / pack_cols;
   parallel_tasks(k_blocks * pack_tasks, [&](int64_t t) {
     const int64_t p = t / pack_tasks * k_block_of<P>, j = t % pack_tasks * pack_cols;
     pack_block<P>(b, p, std::min(k_block_of<P>, k - p), j, std::min(pack_cols, n - j), panels.data(), cols);
