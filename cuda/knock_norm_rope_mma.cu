@@ -5,7 +5,7 @@
 // in shared memory; a larger one passes through it for each tile of the block, 16 features at a time, and backward then
 // reads the upstream gradient twice rather than keep it: the product and its gradient share registers.
 
-#include "attention_mma.cuh"
+#include "head_rows.cuh"
 #include "knock_norm_rope.cuh"
 
 namespace knock::cuda {
@@ -14,9 +14,6 @@ namespace {
 constexpr int warps = 4, threads = 32 * warps, block_rows = 16 * warps;
 
 using Bf16Rows = KnockRows<bf16>;
-
-__device__ const __nv_bfloat16* native(const bf16* data) { return reinterpret_cast<const __nv_bfloat16*>(data); }
-__device__ __nv_bfloat16* native(bf16* data) { return reinterpret_cast<__nv_bfloat16*>(data); }
 
 /// How shared memory is shared out for heads of D features, in elements: the knock, then tiles of 16 rows, some for
 /// each warp. A knock that streams has two stages, each with 16 of its features and those of the block's rows.
@@ -33,27 +30,6 @@ struct Layout {
     return shared + knock + static_cast<int>(threadIdx.x) / 32 * tiles * tile;
   }
 };
-
-/// `team` threads, of which this one is `thread`, begin to copy features [col, col + count) of rows [first, first +
-/// rows) of D features; zeros where there is no row.
-template <int D, int rows, int count, int team>
-__device__ void copy_rows(__nv_bfloat16* to, const __nv_bfloat16* from, int first, int col, int rows_there,
-                          int thread) {
-  constexpr int pieces = count / 8;
-#pragma unroll 2
-  for (int at = thread; at < rows * pieces; at += team) {
-    const int row = at / pieces, piece = at % pieces;
-    const bool there = first + row < rows_there;
-    copy_async(to + place<count>(row, piece), from + (there ? (int64_t{first} + row) * D + col + piece * 8 : 0),
-               there ? 16 : 0);
-  }
-}
-
-/// A warp begins to copy its tile.
-template <int D>
-__device__ void copy_tile(__nv_bfloat16* to, const bf16* from, int first, int rows) {
-  copy_rows<D, 16, D, 32>(to, native(from), first, 0, rows, static_cast<int>(threadIdx.x) % 32);
-}
 
 /// `multiply(slab, stage)` for all slabs of 16 features, each of which `begin(slab, stage)` copies while the one before
 /// is multiplied.
@@ -118,29 +94,6 @@ __device__ void multiply_gradient_streamed(float (&out)[D / 8][4], const __nv_bf
       mma_bf16(out[t + 1], left, right[2], right[3]);
     }
   });
-}
-
-/// Writes a warp's 16 rows, through memory that it owns.
-template <int D>
-__device__ void store_rows(__nv_bfloat16* to, int first, int rows, const float (&values)[D / 8][4],
-                           __nv_bfloat16* tile) {
-  constexpr int pieces = D / 8;
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, pair = lane % 4 * 2;
-  __syncwarp();
-#pragma unroll
-  for (int t = 0; t < pieces; ++t) {
-    *reinterpret_cast<uint32_t*>(tile + place<D>(group, t) + pair) = pack(values[t][0], values[t][1]);
-    *reinterpret_cast<uint32_t*>(tile + place<D>(group + 8, t) + pair) = pack(values[t][2], values[t][3]);
-  }
-  __syncwarp();
-#pragma unroll 2
-  for (int at = lane; at < 16 * pieces; at += 32) {
-    const int row = at / pieces, piece = at % pieces;
-    if (first + row < rows)
-      *reinterpret_cast<uint4*>(to + (int64_t{first} + row) * D + piece * 8) =
-          *reinterpret_cast<const uint4*>(tile + place<D>(row, piece));
-  }
-  __syncwarp();
 }
 
 /// The rows `group` and `group` + 8 of a tile, that a lane holds features of.
@@ -429,16 +382,6 @@ Grid grid_of(const Array& x, bool dweight = false) {
   return {blocks_of(x, block_rows), threads, Layout<D>::elements * 2 + (dweight ? warps * D / 8 * 32 * 8 : 0)};
 }
 
-/// Calls `body` with D.
-template <class Body, int... sixteens>
-void dispatch(int64_t depth, Body&& body, std::integer_sequence<int, sixteens...>) {
-  ((depth == 16 * (sixteens + 1) ? body(std::integral_constant<int, 16 * (sixteens + 1)>()) : void()), ...);
-}
-template <class Body>
-void dispatch(int64_t depth, Body&& body) {
-  dispatch(depth, body, std::make_integer_sequence<int, 16>());
-}
-
 }  // namespace
 
 bool fits_knock_mma(std::initializer_list<Array> arrays) {
@@ -453,7 +396,7 @@ bool fits_knock_mma(std::initializer_list<Array> arrays) {
 void knock_norm_rope_mma(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                          const Array& positions, const Array& out_y, const Array& out_stats) {
   const KnockRowsOf<bf16> in(options, x, knock, weight, positions, false);
-  dispatch(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
+  dispatch_depth<256>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
     launch("knock_norm_rope", knock_norm_rope_mma<D>, grid_of<D>(x), in.rows(), static_cast<float>(options.eps),
            out_y.as<bf16>(), options.norm ? out_stats.as<float>() : nullptr);
   });
@@ -464,7 +407,7 @@ void knock_norm_rope_backward_mma(const NormRope& options, const Array& x, const
                                   const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) {
   const KnockRowsOf<bf16> in(options, x, knock, weight, positions, true);
   const PartialSums<float> dweight(blocks_of(x, block_rows), x.shape.back(), out_dweight.defined());
-  dispatch(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
+  dispatch_depth<256>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
     launch("knock_norm_rope_backward", knock_norm_rope_backward_mma<D>, grid_of<D>(x, out_dweight.defined()), in.rows(),
            options.norm ? stats.as<const float>() : nullptr, dy.as<const bf16>(), out_dproduct.as<bf16>(),
            out_dx.defined() ? out_dx.as<bf16>() : nullptr, dweight.data());

@@ -11,19 +11,16 @@
 // second kernel adds up the parts in order.
 
 #include "allocator.hpp"
-#include "attention_mma.cuh"
+#include "head_rows.cuh"
 #include "kernels.hpp"
 #include "launch.cuh"
 
 #include <algorithm>
-#include <utility>
 
 namespace knock::cuda {
 namespace {
 
 constexpr int row_warps = 8, row_threads = 32 * row_warps;
-
-__device__ const __nv_bfloat16* native(const bf16* data) { return reinterpret_cast<const __nv_bfloat16*>(data); }
 
 /// Rows (rows, D), and the matrices (D, D).
 struct Heads {
@@ -38,29 +35,9 @@ struct Heads {
         rows(static_cast<int>(of_x.numel() / of_x.shape.back())) {}
 };
 
-/// `team` threads, of which this one is `thread`, begin to copy features [col, col + count) of rows [first, first +
-/// rows) of D features; zeros where there is no row.
-template <int D, int rows, int count, int team>
-__device__ void copy_rows(__nv_bfloat16* to, const bf16* from, int first, int col, int rows_there, int thread) {
-  constexpr int pieces = count / 8;
-#pragma unroll 2
-  for (int at = thread; at < rows * pieces; at += team) {
-    const int row = at / pieces, piece = at % pieces;
-    const bool there = first + row < rows_there;
-    copy_async(to + place<count>(row, piece), native(from) + (there ? (int64_t{first} + row) * D + col + piece * 8 : 0),
-               there ? 16 : 0);
-  }
-}
-
 /// Sixteen rows as the left operands of products over D features.
 template <int D>
 using Operands = uint32_t[D / 16][4];
-
-/// A warp begins to copy its tile.
-template <int D>
-__device__ void copy_tile(__nv_bfloat16* to, const bf16* from, int first, int rows) {
-  copy_rows<D, 16, D, 32>(to, from, first, 0, rows, static_cast<int>(threadIdx.x) % 32);
-}
 
 template <int D>
 __device__ void read_operands(Operands<D>& to, const __nv_bfloat16* tile) {
@@ -105,28 +82,6 @@ __device__ void add_columns(float (&sums)[D / 8][4], const float (&weights)[2][4
   }
 }
 
-/// Writes a warp's 16 rows, through memory that it owns.
-template <int D>
-__device__ void store_rows(bf16* to, int first, int rows, const float (&values)[D / 8][4], __nv_bfloat16* tile) {
-  constexpr int pieces = D / 8;
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, pair = lane % 4 * 2;
-  __syncwarp();
-#pragma unroll
-  for (int t = 0; t < pieces; ++t) {
-    *reinterpret_cast<uint32_t*>(tile + place<D>(group, t) + pair) = pack(values[t][0], values[t][1]);
-    *reinterpret_cast<uint32_t*>(tile + place<D>(group + 8, t) + pair) = pack(values[t][2], values[t][3]);
-  }
-  __syncwarp();
-#pragma unroll 2
-  for (int at = lane; at < 16 * pieces; at += 32) {
-    const int row = at / pieces, piece = at % pieces;
-    if (first + row < rows)
-      *reinterpret_cast<uint4*>(to + (int64_t{first} + row) * D + piece * 8) =
-          *reinterpret_cast<const uint4*>(tile + place<D>(row, piece));
-  }
-  __syncwarp();
-}
-
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_approx(-log2_e * x)); }
 
 /// What is between the products: h = 2 s up, and from dh the gradients of gate and up.
@@ -148,9 +103,9 @@ struct Matrices {
 
   __device__ explicit Matrices(const Heads& p) {
     const int thread = static_cast<int>(threadIdx.x);
-    copy_rows<D, D, D, row_threads>(gate, p.gate, 0, 0, D, thread);
-    copy_rows<D, D, D, row_threads>(up, p.up, 0, 0, D, thread);
-    copy_rows<D, D, D, row_threads>(down, p.down, 0, 0, D, thread);
+    copy_rows<D, D, D, row_threads>(gate, native(p.gate), 0, 0, D, thread);
+    copy_rows<D, D, D, row_threads>(up, native(p.up), 0, 0, D, thread);
+    copy_rows<D, D, D, row_threads>(down, native(p.down), 0, 0, D, thread);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -184,7 +139,7 @@ __global__ void __launch_bounds__(row_threads, 1) mlp_knock_mma(const __grid_con
       for (int e = 0; e < 8; ++e) up[e / 4][e % 4] = gated(gate[e / 4][e % 4], up[e / 4][e % 4]);
       add_columns<D>(sums, up, knock.down, hidden);
     }
-    store_rows<D>(y, first, p.rows, sums, knock.tile);
+    store_rows<D>(native(y), first, p.rows, sums, knock.tile);
   });
 }
 
@@ -216,7 +171,7 @@ __global__ void __launch_bounds__(row_threads, 1)
       add_rows<D, 16, D / 8>(sums, gate, knock.gate + hidden * D, 0);
       add_rows<D, 16, D / 8>(sums, up, knock.up + hidden * D, 0);
     }
-    store_rows<D>(dx, first, p.rows, sums, knock.tile);
+    store_rows<D>(native(dx), first, p.rows, sums, knock.tile);
   });
 }
 
@@ -239,9 +194,10 @@ struct HiddenOperands {
     using Shape = Slices<D>;
     constexpr int size = Shape::hidden * D;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, quarter = lane / 8, own = thread / 32 * 8;
-    copy_rows<D, Shape::hidden, D, Shape::threads>(shared, p.gate, slice * Shape::hidden, 0, D, thread);
-    copy_rows<D, Shape::hidden, D, Shape::threads>(shared + size, p.up, slice * Shape::hidden, 0, D, thread);
-    copy_rows<D, D, Shape::hidden, Shape::threads>(shared + 2 * size, p.down, 0, slice * Shape::hidden, D, thread);
+    copy_rows<D, Shape::hidden, D, Shape::threads>(shared, native(p.gate), slice * Shape::hidden, 0, D, thread);
+    copy_rows<D, Shape::hidden, D, Shape::threads>(shared + size, native(p.up), slice * Shape::hidden, 0, D, thread);
+    copy_rows<D, D, Shape::hidden, Shape::threads>(shared + 2 * size, native(p.down), 0, slice * Shape::hidden, D,
+                                                   thread);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
@@ -335,8 +291,8 @@ __global__ void __launch_bounds__(Slices<D>::threads, 1)
   const HiddenOperands<D> knock(p, slice, shared_heads);
   const auto stage = [](int first) { return shared_heads + first / Shape::rows % 2 * 2 * Shape::tile; };
   const auto copy = [&](int first) {
-    copy_rows<D, Shape::rows, D, Shape::threads>(stage(first), p.x, first, 0, p.rows, thread);
-    copy_rows<D, Shape::rows, D, Shape::threads>(stage(first) + Shape::tile, dy, first, 0, p.rows, thread);
+    copy_rows<D, Shape::rows, D, Shape::threads>(stage(first), native(p.x), first, 0, p.rows, thread);
+    copy_rows<D, Shape::rows, D, Shape::threads>(stage(first) + Shape::tile, native(dy), first, 0, p.rows, thread);
   };
   HiddenSums<D> sums;
   if (begin < end) copy(begin);
@@ -365,16 +321,6 @@ __global__ void __launch_bounds__(256)
     for (int p = 0; p < count; ++p) sum += parts[int64_t{p} * 3 * n + i];
     *to = static_cast<T>(sum);
   }
-}
-
-/// Calls `body` with D.
-template <class Body, int... sixteens>
-void dispatch(int64_t depth, Body&& body, std::integer_sequence<int, sixteens...>) {
-  ((depth == 16 * (sixteens + 1) ? body(std::integral_constant<int, 16 * (sixteens + 1)>()) : void()), ...);
-}
-template <class Body>
-void dispatch(int64_t depth, Body&& body) {
-  dispatch(depth, body, std::make_integer_sequence<int, 8>());
 }
 
 int64_t tiles_of(const Heads& p, int rows) { return (p.rows + rows - 1) / rows; }
@@ -406,14 +352,14 @@ void matrix_gradients(const Heads& p, const Array& dy, const MlpKnockGradients& 
 
 void mlp_knock(const Array& x, const MlpKnock& knock, const Array& out_y) {
   const Heads p(x, knock);
-  dispatch(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
+  dispatch_depth<128>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
     launch("mlp_knock", mlp_knock_mma<D>, grid_of(p, Matrices<D, 1>::bytes), p, out_y.as<bf16>());
   });
 }
 
 void mlp_knock_backward(const Array& x, const MlpKnock& knock, const Array& dy, const MlpKnockGradients& out) {
   const Heads p(x, knock);
-  dispatch(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
+  dispatch_depth<128>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
     if (out.x.defined())
       launch("mlp_knock_backward", mlp_knock_dx_mma<D>, grid_of(p, Matrices<D, 2>::bytes), p, dy.as<const bf16>(),
              out.x.as<bf16>());
