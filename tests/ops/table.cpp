@@ -362,7 +362,7 @@ const std::vector<Family>& families() {
        .call = OP(knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))), .roundings = 2,
        .twin = OP(composite::knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))),
        .large = LARGE(f64({2, 300, 3, 64}), f64({64, 64}), arange(300), f64({64}))},
-      {.op = "mlp_knock", .call = OP(mlp_knock(x[0], x[1], x[2], x[3])), .roundings = 4,
+      {.op = "mlp_knock", .call = OP(mlp_knock(x[0], x[1], x[2], x[3])), .roundings = 3,
        .twin = OP(composite::mlp_knock(x[0], x[1], x[2], x[3])),
        .large = LARGE(f64({2, 300, 3, 64}), f64({64, 64}), f64({64, 64}), f64({64, 64}))},
       {.op = "dropout", .call = OP(repeatable_dropout(x[0], a)), .large_args = "p=0.3"},
