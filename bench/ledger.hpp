@@ -51,13 +51,13 @@ struct Call {
   std::string_view entry;
   int64_t number = -1;
   double bytes = 0, flop = 0;
-  /// What padding to tiles makes of `flop`: by rows of 64 and columns of 64 in attention, by 128 rows to an expert, and
-  /// by 32 where an expert's rows are summed over.
-  double attention_padding = 1, expert_padding = 1, expert_sum_padding = 1;
+  /// What padding to tiles makes of `flop`: by rows of 64 and columns of 64 in attention, by 128 rows to an expert, by
+  /// 32 where an expert's rows are summed over, and as cuda/gemm_wide.cu chooses its tiles.
+  double attention_padding = 1, expert_padding = 1, expert_sum_padding = 1, wide_padding = 1;
 
   double flop_of(std::string_view kernel) const {
     if (kernel.find("experts_from_rows") != kernel.npos) return flop * expert_sum_padding;
-    return flop * attention_padding * expert_padding;
+    return flop * attention_padding * expert_padding * wide_padding;
   }
 };
 
@@ -103,6 +103,15 @@ template <class... Rest>
 void refine(Call& call, const knock::MoeInputs& in, const Rest&...) {
   call.expert_padding = expert_padding(in, 128);
   call.expert_sum_padding = expert_padding(in, 32);
+}
+inline void refine(Call& call, const Array& a, const Array&, bool, const Array& out) {
+  const auto padded = [](int64_t n, int64_t tile) { return (n + tile - 1) / tile * tile; };
+  const int64_t m = out.shape[0], n = out.shape[1], k = a.shape[1];
+  const int64_t tiles = padded(m, 64) * padded(n, 64) / (64 * 64);
+  const int64_t cols = tiles >= 64 ? 64 : 16, depth = tiles >= 512 ? 16 : tiles >= 64 ? 32 : 128;
+  if (m * n * k > 0)
+    call.wide_padding =
+        static_cast<double>(padded(m, 64) * padded(n, cols) * padded(k, depth)) / static_cast<double>(m * n * k);
 }
 
 }  // namespace detail
