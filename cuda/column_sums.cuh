@@ -5,6 +5,8 @@
 #include "allocator.hpp"
 #include "rows.cuh"
 
+#include <span>
+
 namespace knock::cuda {
 
 /// The parts that rows are shared out to, each the work of one team: of 8 rows at least, so that the parts' sums are
@@ -19,9 +21,36 @@ struct RowParts {
   }
 };
 
-/// out[c] = sum over p of partial[p][c], n columns: 32 of them for each block, whose warps take every eighth part.
+/// Where the sums of columns go: n of them to each gradient. Null: they are not wanted.
 template <class C>
-__global__ void __launch_bounds__(team_threads) add_row_parts(const C* partial, int64_t parts, int64_t n, C* out) {
+struct ColumnTotals {
+  static constexpr int most = 2;
+  C* out[most] = {};
+  bool adds[most] = {};
+  int64_t n = 0;
+  int count = 0;
+
+  ColumnTotals(int64_t columns, std::span<const GradientSum> sums) : n(columns), count(static_cast<int>(sums.size())) {
+    for (int i = 0; i < count; ++i) {
+      const GradientSum& sum = sums[static_cast<std::size_t>(i)];
+      if (sum.array.defined()) out[i] = sum.array.as<C>();
+      adds[i] = sum.adds;
+    }
+  }
+  bool wanted() const { return out[0] || out[1]; }
+  int64_t columns() const { return n * count; }
+  __device__ void write(int64_t column, C sum) const {
+    const bool second = column >= n;
+    C* const to = second ? out[1] : out[0];
+    const int64_t at = second ? column - n : column;
+    if (to) to[at] = (second ? adds[1] : adds[0]) ? to[at] + sum : sum;
+  }
+};
+
+/// totals[c] = sum over p of partial[p][c], n columns: 32 of them for each block, whose warps take every eighth part.
+template <class C>
+__global__ void __launch_bounds__(team_threads)
+    add_row_parts(const C* partial, int64_t parts, int64_t n, ColumnTotals<C> totals) {
   constexpr int warps = team_threads / warp_size;
   __shared__ C sums[warps][warp_size];
   const int lane = static_cast<int>(threadIdx.x) % warp_size, warp = static_cast<int>(threadIdx.x) / warp_size;
@@ -34,31 +63,37 @@ __global__ void __launch_bounds__(team_threads) add_row_parts(const C* partial, 
     __syncthreads();
     if (warp == 0 && column < n) {
       for (int w = 1; w < warps; ++w) sum += sums[w][lane];
-      out[column] = sum;
+      totals.write(column, sum);
     }
     __syncthreads();
   }
 }
 
-/// Room for the sums of all parts, where they are wanted.
+/// Room for the sums of all parts, those of one gradient's n columns beside the other's; none where no gradient is
+/// wanted.
 template <class C>
 class PartialSums {
  public:
-  PartialSums(int64_t parts, int64_t n, bool wanted)
-      : parts_(parts), n_(n), memory_(wanted ? parts * n * static_cast<int64_t>(sizeof(C)) : 0), wanted_(wanted) {}
+  PartialSums(int64_t parts, int64_t n, std::span<const GradientSum> gradients)
+      : parts_(parts),
+        totals_(n, gradients),
+        memory_(totals_.wanted() ? parts * totals_.columns() * static_cast<int64_t>(sizeof(C)) : 0) {}
+  PartialSums(int64_t parts, int64_t n, const GradientSum& gradient) : PartialSums(parts, n, std::span(&gradient, 1)) {}
 
-  C* data() const { return wanted_ ? memory_.as<C>() : nullptr; }
-  void add_up(const char* name, C* out) const {
-    if (!wanted_) return;
-    const int64_t blocks = (n_ + warp_size - 1) / warp_size;
-    launch(name, add_row_parts<C>, grid_of_blocks(blocks, team_threads), static_cast<const C*>(data()), parts_, n_,
-           out);
+  /// (parts, gradients, n), or null.
+  C* data() const { return totals_.wanted() ? memory_.as<C>() : nullptr; }
+  /// Adds the parts up, into the gradients.
+  void add_up(const char* name) const {
+    if (!totals_.wanted()) return;
+    const int64_t n = totals_.columns(), blocks = (n + warp_size - 1) / warp_size;
+    launch(name, add_row_parts<C>, grid_of_blocks(blocks, team_threads), static_cast<const C*>(data()), parts_, n,
+           totals_);
   }
 
  private:
-  int64_t parts_, n_;
+  int64_t parts_;
+  ColumnTotals<C> totals_;
   Scratch memory_;
-  bool wanted_;
 };
 
 /// What one thread adds up of its part's sums, the columns that it has: in registers where rows are held, otherwise

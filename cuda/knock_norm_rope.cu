@@ -6,6 +6,8 @@
 #include "kernels.hpp"
 #include "knock_norm_rope.cuh"
 
+#include <array>
+
 namespace knock::cuda {
 namespace {
 
@@ -39,12 +41,12 @@ void knock_norm_rope(const NormRope& options, const Array& x, const Array& knock
   const Array from = heads_first(product.array()), to = heads_first(out_y);
   if (!positions.defined()) return rms_norm(product.array(), {}, weight, options.eps, {}, out_y, out_stats);
   if (!options.norm) return rope(from, positions, options.theta, options.interleaved, false, to);
-  norm_rope(from, weight, options.eps, positions, options.theta, options.interleaved, to, out_stats);
+  norm_rope(options, positions, std::array{NormRopeHeads{from, weight, to, out_stats}});
 }
 
 void knock_norm_rope_backward(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                               const Array& positions, const Array&, const Array& stats, const Array& dy,
-                              const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) {
+                              const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight) {
   if (fits_knock_mma({x, knock, weight, dy, out_dproduct, out_dx}))
     return knock_norm_rope_backward_mma(options, x, knock, weight, positions, stats, dy, out_dproduct, out_dx,
                                         out_dweight);
@@ -57,8 +59,8 @@ void knock_norm_rope_backward(const NormRope& options, const Array& x, const Arr
   } else {
     const KnockProduct product(x, knock);
     if (positions.defined()) {
-      norm_rope_backward(heads_first(product.array()), weight, stats, positions, options.theta, options.interleaved, up,
-                         to, out_dweight);
+      const Array from = heads_first(product.array());
+      norm_rope_backward(options, positions, std::array{NormRopeGradients{from, weight, stats, up, to, out_dweight}});
     } else {
       rms_norm_backward(product.array(), weight, stats, dy, {}, out_dproduct, {}, out_dweight);
     }

@@ -80,7 +80,7 @@ void knock_norm_rope_mma(const NormRope& options, const Array& x, const Array& k
                          const Array& positions, const Array& out_y, const Array& out_stats);
 void knock_norm_rope_backward_mma(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                   const Array& positions, const Array& stats, const Array& dy,
-                                  const Array& out_dproduct, const Array& out_dx, const Array& out_dweight);
+                                  const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight);
 
 /// f32 and f64, heads of an even number of features up to 256.
 bool fits_knock_general(const Array& x);
@@ -88,6 +88,6 @@ void knock_norm_rope_general(const NormRope& options, const Array& x, const Arra
                              const Array& positions, const Array& out_y, const Array& out_stats);
 void knock_norm_rope_backward_general(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                       const Array& positions, const Array& stats, const Array& dy,
-                                      const Array& out_dproduct, const Array& out_dx, const Array& out_dweight);
+                                      const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight);
 
 }  // namespace knock::cuda

@@ -281,15 +281,15 @@ void knock_norm_rope_general(const NormRope& options, const Array& x, const Arra
 
 void knock_norm_rope_backward_general(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                       const Array& positions, const Array& stats, const Array& dy,
-                                      const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) {
+                                      const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight) {
   dispatch(x, [&]<class Shape>(Type<Shape>) {
     using C = typename Shape::Element;
     const KnockRowsOf<C> in(options, x, knock, weight, positions, true);
-    const PartialSums<C> dweight(blocks_of(x, Shape::rows), x.shape.back(), out_dweight.defined());
+    const PartialSums<C> dweight(blocks_of(x, Shape::rows), x.shape.back(), out_dweight);
     launch("knock_norm_rope_backward", knock_norm_rope_backward_general<Shape>, grid_of<Shape>(x), in.rows(),
            options.norm ? stats.as<const C>() : nullptr, dy.as<const C>(), out_dproduct.as<C>(),
            out_dx.defined() ? out_dx.as<C>() : nullptr, dweight.data());
-    dweight.add_up("knock_norm_rope_backward", out_dweight.defined() ? out_dweight.as<C>() : nullptr);
+    dweight.add_up("knock_norm_rope_backward");
   });
 }
 

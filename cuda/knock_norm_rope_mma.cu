@@ -404,15 +404,15 @@ void knock_norm_rope_mma(const NormRope& options, const Array& x, const Array& k
 
 void knock_norm_rope_backward_mma(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                   const Array& positions, const Array& stats, const Array& dy,
-                                  const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) {
+                                  const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight) {
   const KnockRowsOf<bf16> in(options, x, knock, weight, positions, true);
-  const PartialSums<float> dweight(blocks_of(x, block_rows), x.shape.back(), out_dweight.defined());
+  const PartialSums<float> dweight(blocks_of(x, block_rows), x.shape.back(), out_dweight);
   dispatch_depth<256>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
-    launch("knock_norm_rope_backward", knock_norm_rope_backward_mma<D>, grid_of<D>(x, out_dweight.defined()), in.rows(),
-           options.norm ? stats.as<const float>() : nullptr, dy.as<const bf16>(), out_dproduct.as<bf16>(),
+    launch("knock_norm_rope_backward", knock_norm_rope_backward_mma<D>, grid_of<D>(x, out_dweight.array.defined()),
+           in.rows(), options.norm ? stats.as<const float>() : nullptr, dy.as<const bf16>(), out_dproduct.as<bf16>(),
            out_dx.defined() ? out_dx.as<bf16>() : nullptr, dweight.data());
   });
-  dweight.add_up("knock_norm_rope_backward", out_dweight.defined() ? out_dweight.as<float>() : nullptr);
+  dweight.add_up("knock_norm_rope_backward");
 }
 
 }  // namespace knock::cuda

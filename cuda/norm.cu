@@ -55,7 +55,7 @@ template <class T, int size, bool held>
 __global__ void __launch_bounds__(team_threads, 1)
     layer_norm_backward_rows(const __grid_constant__ Rows<3> rows, RowParts parts, const T* x,
                              const compute_t<T>* weight, const compute_t<T>* stats, const T* dy, T* out_dx,
-                             compute_t<T>* part_dweight, compute_t<T>* part_dbias) {
+                             compute_t<T>* part_sums) {
   using C = compute_t<T>;
   constexpr int fours = held ? held_fours : 1;
   const Team<size> team;
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(team_threads, 1)
   const C share = 1 / static_cast<C>(n);
   for (int64_t part = team.index(); part < parts.count; part += team.count()) {
     C centred[fours][4], g[fours][4];
-    ColumnSums<C, size, held> dweight(team, part_dweight + part * n, n), dbias(team, part_dbias + part * n, n);
+    C* const place = part_sums ? part_sums + 2 * part * n : nullptr;
+    ColumnSums<C, size, held> dweight(team, place, n), dbias(team, place ? place + n : nullptr, n);
     for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
       int64_t at[3];
       rows.walk.offsets(row, at);
@@ -120,20 +121,19 @@ void layer_norm(const Array& x, const Array& weight, const Array& bias, double e
 }
 
 void layer_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& out_dx,
-                         const Array& out_dweight, const Array& out_dbias) {
+                         const GradientSum& out_dweight, const GradientSum& out_dbias) {
   Rows<3> rows({out_dx.defined() ? out_dx : dy, x, dy}, Rows<3>::Order::row_major);
   rows.read_along(weight);
   const RowParts parts(rows.count());
   dispatch_float(x.dtype, "layer_norm", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const PartialSums<C> dweight(parts.count, rows.n, true), dbias(parts.count, rows.n, true);
+    const PartialSums<C> sums(parts.count, rows.n, std::array{out_dweight, out_dbias});
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
       launch("layer_norm_backward", layer_norm_backward_rows<T, size, held>, grid, rows, parts, x.as<const T>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(),
-             out_dx.defined() ? out_dx.as<T>() : nullptr, dweight.data(), dbias.data());
+             out_dx.defined() ? out_dx.as<T>() : nullptr, sums.data());
     });
-    if (out_dweight.defined()) dweight.add_up("layer_norm_backward", out_dweight.as<C>());
-    if (out_dbias.defined()) dbias.add_up("layer_norm_backward", out_dbias.as<C>());
+    sums.add_up("layer_norm_backward");
   });
 }
 

@@ -1,10 +1,9 @@
-// RMS norm along the last axis, alone, behind a sum and in front of the rotation of rope.cuh, and the gradients.
+// RMS norm along the last axis, alone and behind a sum, and the gradients.
 //
 // Branches are of type T, the sums that they are added to of type S: the same, or f32 beside bf16.
 
 #include "column_sums.cuh"
 #include "kernels.hpp"
-#include "rope.cuh"
 
 namespace knock::cuda {
 namespace {
@@ -123,145 +122,20 @@ void rms_norm(const Array& x, const Array& addend, const Array& weight, double e
 }
 
 void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
-                       const Array& out_dx, const Array& out_dx_narrow, const Array& out_dweight) {
+                       const Array& out_dx, const Array& out_dx_narrow, const GradientSum& out_dweight) {
   const auto or_x = [&](const Array& array) { return array.defined() ? array : x; };
   Rows<5> rows({x, dy, or_x(addend), or_x(out_dx), or_x(out_dx_narrow)});
   rows.read_along(weight);
   const RowParts parts(rows.count());
   dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
-    const PartialSums<C> dweight(parts.count, rows.n, out_dweight.defined());
+    const PartialSums<C> dweight(parts.count, rows.n, out_dweight);
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
       launch("rms_norm_backward", rms_norm_backward_rows<T, S, size, held>, grid, rows, parts, x.as<const S>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(), out_or_null<const S>(addend),
              out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.data());
     });
-    dweight.add_up("rms_norm_backward", out_or_null<C>(out_dweight));
-  });
-}
-
-// In front of the rotation
-// --------------------------------------------------------------------------------------------------------------------
-// A thread holds pairs of features, so that it rotates what it holds.
-
-namespace {
-
-template <class C>
-struct Rotation {
-  const C *cosines, *sines;
-  bool interleaved;
-};
-
-template <class T, int size>
-__global__ void __launch_bounds__(team_threads)
-    norm_rope_rows(const __grid_constant__ Rows<3> rows, Rotation<compute_t<T>> rotation, const T* x,
-                   const compute_t<T>* weight, compute_t<T> eps, T* out_y, compute_t<T>* out_stats) {
-  using C = compute_t<T>;
-  const Team<size> team;
-  const int64_t half = rows.n / 2;
-  for (int64_t row = team.index(); row < rows.walk.n; row += team.count()) {
-    int64_t at[3];
-    rows.walk.offsets(row, at);
-    const auto element = [&](int64_t i) { return convert<C>(x[at[0] + i * rows.step[0]]); };
-    C squares = 0;
-    for (int64_t i = team.lane(); i < rows.n; i += size) squares += element(i) * element(i);
-    const C rstd = 1 / std::sqrt(team.sum(squares) / static_cast<C>(rows.n) + eps);
-    for (int64_t pair = team.lane(); pair < half; pair += size) {
-      const Pair features(pair, half, rotation.interleaved);
-      const auto scaled = [&](int64_t i) { return element(i) * rstd * (weight ? weight[i] : C(1)); };
-      C a = scaled(features.first), b = scaled(features.second);
-      rotate(a, b, rotation.cosines[at[2] + pair], rotation.sines[at[2] + pair]);
-      out_y[at[1] + features.first * rows.step[1]] = convert<T>(a);
-      out_y[at[1] + features.second * rows.step[1]] = convert<T>(b);
-    }
-    if (team.lane() == 0) out_stats[row] = rstd;
-  }
-}
-
-/// As rms_norm_backward_rows behind the rotation backwards of dy; the table holds the opposite angles.
-template <class T, int size>
-__global__ void __launch_bounds__(team_threads)
-    norm_rope_backward_rows(const __grid_constant__ Rows<4> rows, RowParts parts, Rotation<compute_t<T>> rotation,
-                            const T* x, const compute_t<T>* weight, const compute_t<T>* stats, const T* dy, T* out_dx,
-                            compute_t<T>* part_dweight) {
-  using C = compute_t<T>;
-  const Team<size> team;
-  const int64_t n = rows.n, half = n / 2;
-  for (int64_t part = team.index(); part < parts.count; part += team.count()) {
-    C* const dweight = part_dweight ? part_dweight + part * n : nullptr;
-    for (int64_t pair = team.lane(); dweight && pair < half; pair += size) {
-      const Pair features(pair, half, rotation.interleaved);
-      dweight[features.first] = dweight[features.second] = 0;
-    }
-    for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
-      int64_t at[4];
-      rows.walk.offsets(row, at);
-      const auto element = [&](int64_t i) { return convert<C>(x[at[0] + i * rows.step[0]]); };
-      const auto upstream = [&](int64_t pair, const Pair& features, C& a, C& b) {
-        a = convert<C>(dy[at[1] + features.first * rows.step[1]]);
-        b = convert<C>(dy[at[1] + features.second * rows.step[1]]);
-        rotate(a, b, rotation.cosines[at[3] + pair], rotation.sines[at[3] + pair]);
-      };
-      const C rstd = stats[row];
-      C dot = 0;
-      for (int64_t pair = team.lane(); pair < half; pair += size) {
-        const Pair features(pair, half, rotation.interleaved);
-        C a, b;
-        upstream(pair, features, a, b);
-        const C first = element(features.first), second = element(features.second);
-        if (dweight) {
-          dweight[features.first] += a * (first * rstd);
-          dweight[features.second] += b * (second * rstd);
-        }
-        dot += a * (weight ? weight[features.first] : C(1)) * first;
-        dot += b * (weight ? weight[features.second] : C(1)) * second;
-      }
-      const C slope = team.sum(dot) * (rstd * rstd * rstd) / static_cast<C>(n);
-      for (int64_t pair = team.lane(); out_dx && pair < half; pair += size) {
-        const Pair features(pair, half, rotation.interleaved);
-        C a, b;
-        upstream(pair, features, a, b);
-        const auto write = [&](int64_t i, C up) {
-          const C dx = up * (weight ? weight[i] : C(1)) * rstd - element(i) * slope;
-          out_dx[at[2] + i * rows.step[2]] = convert<T>(dx);
-        };
-        write(features.first, a);
-        write(features.second, b);
-      }
-    }
-  }
-}
-
-}  // namespace
-
-void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta, bool interleaved,
-               const Array& out_y, const Array& out_stats) {
-  if (x.numel() == 0) return;
-  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const RopeTable<C> table(x, positions, theta, false);
-    const Rows<3> rows({x, out_y, table.rows()});
-    with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
-      launch("norm_rope", norm_rope_rows<T, size>, grid, rows, Rotation<C>{table.cosines(), table.sines(), interleaved},
-             x.as<const T>(), data_or_null<C>(weight), static_cast<C>(eps), out_y.as<T>(), out_stats.as<C>());
-    });
-  });
-}
-
-void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions, double theta,
-                        bool interleaved, const Array& dy, const Array& out_dx, const Array& out_dweight) {
-  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
-    using C = compute_t<T>;
-    const RopeTable<C> table(x, positions, theta, true);
-    const Rows<4> rows({x, dy, out_dx.defined() ? out_dx : x, table.rows()});
-    const RowParts parts(rows.count());
-    const PartialSums<C> dweight(parts.count, rows.n, out_dweight.defined());
-    with_team(parts.count, rows.n, [&]<int size>(Team<size>, Grid grid) {
-      launch("norm_rope_backward", norm_rope_backward_rows<T, size>, grid, rows, parts,
-             Rotation<C>{table.cosines(), table.sines(), interleaved}, x.as<const T>(), data_or_null<C>(weight),
-             stats.as<const C>(), dy.as<const T>(), out_or_null<T>(out_dx), dweight.data());
-    });
-    dweight.add_up("norm_rope_backward", out_or_null<C>(out_dweight));
+    dweight.add_up("rms_norm_backward");
   });
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 // Rotation of pairs of features by position * theta^(-2i/D).
 //
-// The cosines and sines of all positions are computed once a call, in f64, by a kernel of their own: few against the
-// rows that use them.
+// The cosines and sines of all positions are computed once a call, in f64, by a kernel of their own (few against the
+// rows that use them), or by the blocks that use them (norm_rope.cu).
 
 #include "allocator.hpp"
 #include "iterate.cuh"
@@ -27,17 +27,33 @@ class RopeTable {
   Array rows_;
 };
 
+/// Angles are position * this.
+__device__ inline double rope_frequency(double theta, int64_t pair, int64_t half) {
+  return ::pow(theta, -static_cast<double>(pair) / static_cast<double>(half));
+}
+
+/// Cosine and sine of an angle, or of the opposite one.
+template <class C>
+struct Turn {
+  C cosine, sine;
+  __device__ Turn(C cosine, C sine) : cosine(cosine), sine(sine) {}
+  __device__ Turn(int64_t position, double frequency, bool inverse) {
+    double of_sine, of_cosine;
+    ::sincos(static_cast<double>(position) * frequency, &of_sine, &of_cosine);
+    cosine = static_cast<C>(of_cosine);
+    sine = static_cast<C>(inverse ? -of_sine : of_sine);
+  }
+};
+
 template <class C>
 __global__ void __launch_bounds__(256) rope_angles(const __grid_constant__ Walk<1> positions, const int64_t* position,
-                                                   int64_t half, double theta, double sign, C* cosines, C* sines) {
+                                                   int64_t half, double theta, bool inverse, C* cosines, C* sines) {
   for (int64_t i = thread_in_grid(); i < positions.n * half; i += threads_in_grid()) {
     int64_t at[1];
     positions.offsets(i / half, at);
-    const double frequency = ::pow(theta, -static_cast<double>(i % half) / static_cast<double>(half));
-    double sine, cosine;
-    ::sincos(static_cast<double>(position[at[0]]) * frequency, &sine, &cosine);
-    cosines[i] = static_cast<C>(cosine);
-    sines[i] = static_cast<C>(sign * sine);
+    const Turn<C> turn(position[at[0]], rope_frequency(theta, i % half, half), inverse);
+    cosines[i] = turn.cosine;
+    sines[i] = turn.sine;
   }
 }
 
@@ -49,7 +65,7 @@ RopeTable<C>::RopeTable(const Array& x, const Array& positions, double theta, bo
       rows_{memory_.as<void>(), dtype_of<C>(), x.shape, Strides::filled(x.rank(), 0)} {
   C* const table = memory_.as<C>();
   launch("rope_angles", rope_angles<C>, grid_for(count_ * half_), Walk<1>::row_major({&positions}),
-         positions.as<const int64_t>(), half_, theta, inverse ? -1.0 : 1.0, table, table + count_ * half_);
+         positions.as<const int64_t>(), half_, theta, inverse, table, table + count_ * half_);
   rows_.strides[x.rank() - 2] = half_;
   if (positions.rank() == 2) rows_.strides[0] = positions.shape[1] * half_;
 }

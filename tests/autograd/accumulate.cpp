@@ -58,6 +58,21 @@ std::vector<Layer> layers(DType dtype) {
          const Tensors y = linear_many(x(pass), {w, w});
          return y[0] * 3 + y[1];
        }},
+      {"rms_norm", {5}, [x](const Tensor& w, int64_t pass) { return rms_norm(x(pass), w); }},
+      {"add_rms_norm",
+       {5},
+       [x](const Tensor& w, int64_t pass) { return add_rms_norm(x(pass), x(pass + 1), w).normed; }},
+      {"layer_norm", {5}, [x](const Tensor& w, int64_t pass) { return layer_norm(x(pass), {}, w); }},
+      {"norm_rope",
+       {6},
+       [dtype](const Tensor& w, int64_t pass) {
+         return norm_rope(input({3, 7, 6}, dtype, pass), arange(7), w);
+       }},
+      {"knock_norm_rope",
+       {6},
+       [dtype](const Tensor& w, int64_t pass) {
+         return knock_norm_rope(input({2, 7, 3, 6}, dtype, pass), eye(6, {.dtype = dtype}), arange(7), w);
+       }},
       {"embedding",
        {6, 5},
        [](const Tensor& w, int64_t pass) { return embedding(remainder(arange(11) * (pass + 2), 6), w); }},

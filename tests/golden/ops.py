@@ -868,6 +868,22 @@ op("norm_rope", lambda x, a: rope([rms_norm([x[0], x[2]], a), x[1]], a), case(R(
    case(R(2, 3, 4, 32), X([0, 1, 2, 3]), R(32)), case(R(1, 2, 19, 64), X(list(range(19))), R(64)))
 
 
+def norm_rope_many(x, a):
+    """Tensors, positions, and as many weights"""
+    n = len(x) // 2
+    return [rope([rms_norm([x[i], x[n + 1 + i]], a), x[n]], a) for i in range(n)]
+
+
+op("norm_rope_many", norm_rope_many,
+   case(R(2, 4, 5, 8), R(2, 2, 5, 8), X([0, 1, 2, 3, 4]), R(8), R(8)),
+   case(R(2, 4, 3, 6), R(2, 1, 3, 6), X([[0, 1, 2], [9, 2, 40]]), R(6), None, theta=100.0, eps=1e-3),
+   case(R(2, 3, 5, 8), R(2, 5, 8), X([3, 0, 7, 1000, 1]), R(8), R(8), interleaved=True),
+   case(R(1, 2, 3, 34), R(1, 1, 3, 34), R(1, 3, 3, 34), X([0, 4095, 2]), R(34), None, R(34)),
+   case(R(3, 4), X([5, 0, 2]), R(4)), case(R(5, 2), R(5, 2), X([0, 1, 2, 3, 4]), None, None),
+   case(R(2, 3, 0, 4), R(2, 1, 0, 4), X([], (0,)), R(4), R(4)), case(
+       R(1, 4, 19, 64), R(1, 2, 19, 64), X(list(range(19))), R(64), R(64)))
+
+
 def knock_norm_rope(x, a):
     """x (B, T, H, D), knock (D, D), positions, weight -> (B, H, T, D)"""
     y = (x[0] @ x[1].T).transpose(1, 2)

@@ -64,6 +64,17 @@ RopeOptions rope_options(const Args& a) {
   return {.theta = a.number("theta", 1e4), .interleaved = a.flag("interleaved")};
 }
 
+/// Of tensors, positions and as many weights.
+Tensors first_half(const Tensors& x) { return {x.begin(), x.begin() + static_cast<int64_t>(x.size() / 2)}; }
+Tensors second_half(const Tensors& x) { return {x.begin() + static_cast<int64_t>(x.size() / 2) + 1, x.end()}; }
+
+Tensors norm_rope_twins(const Tensors& x, const Args& a) {
+  Tensors out;
+  for (std::size_t i = 0, n = x.size() / 2; i < n; ++i)
+    out.push_back(composite::norm_rope(x[i], x[n], x[n + 1 + i], a.number("eps", 1e-6), rope_options(a)));
+  return out;
+}
+
 KnockNormRopeOptions knock_options(const Args& a) {
   return {.norm = a.integer("norm", 1) != 0, .eps = a.number("eps", 1e-6), .rope = rope_options(a)};
 }
@@ -358,6 +369,10 @@ const std::vector<Family>& families() {
       {.op = "norm_rope", .call = OP(norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
        .twin = OP(composite::norm_rope(x[0], x[1], x[2], a.number("eps", 1e-6), rope_options(a))),
        .large = LARGE(f64({2, 3, 300, 64}), arange(300), f64({64}))},
+      {.op = "norm_rope_many", .call = LIST(norm_rope_many(first_half(x), x[x.size() / 2], second_half(x),
+       a.number("eps", 1e-6), rope_options(a))),
+       .twin = LIST(norm_rope_twins(x, a)),
+       .large = LARGE(f64({2, 6, 300, 64}), f64({2, 2, 300, 64}), arange(300), f64({64}), f64({64}))},
       {.op = "knock_norm_rope",
        .call = OP(knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))), .roundings = 2,
        .twin = OP(composite::knock_norm_rope(x[0], x[1], x[2], x.size() > 3 ? x[3] : Tensor(), knock_options(a))),

@@ -17,17 +17,19 @@ namespace detail {
 /// The same elements as the output of a node of its own, so that gradients with respect to them can be told apart from
 /// those of every other input.
 Tensor identity(const Tensor& x);
-/// Gradients of `y` with respect to those of `inputs` that `up` needs, weighted by up.dy(); undefined for the others.
-Tensors recorded_gradients(const Upstream& up, const Tensor& y, const Tensors& inputs);
+/// Gradients of the outputs `y` with respect to those of `inputs` that `up` needs, weighted by its dy; undefined for
+/// the others.
+Tensors recorded_gradients(const Upstream& up, const Tensors& y, const Tensors& inputs);
 }  // namespace detail
 
-/// The gradients of `twin(inputs)`, recorded. `inputs` are those of the node, in order; undefined ones stay undefined.
+/// The gradients of `twin(inputs)`, a Tensor or Tensors, recorded. `inputs` are those of the node, in order; undefined
+/// ones stay undefined.
 template <class Twin>
 Tensors twin_gradients(const Upstream& up, const Tensors& inputs, Twin&& twin) {
   Tensors own;
   own.reserve(inputs.size());
   for (const Tensor& input : inputs) own.push_back(detail::identity(input));
-  return detail::recorded_gradients(up, twin(own), own);
+  return detail::recorded_gradients(up, Tensors{twin(own)}, own);
 }
 
 }  // namespace knock::autograd
@@ -40,11 +42,13 @@ KNOCK_FUNC Tensor identity(const Tensor& x) {
   return record("identity", alias(x), {x}, [](const Upstream& up) -> Tensors { return {up.dy()}; });
 }
 
-KNOCK_FUNC Tensors recorded_gradients(const Upstream& up, const Tensor& y, const Tensors& inputs) {
+KNOCK_FUNC Tensors recorded_gradients(const Upstream& up, const Tensors& y, const Tensors& inputs) {
   Tensors wanted;
   for (std::size_t i = 0; i < inputs.size(); ++i)
     if (up.needs(static_cast<int64_t>(i))) wanted.push_back(inputs[i]);
-  const Tensors found = grad({y}, wanted, {.create_graph = true, .upstream = {up.dy()}});
+  Tensors upstream;
+  for (std::size_t i = 0; i < y.size(); ++i) upstream.push_back(up.dy(static_cast<int64_t>(i)));
+  const Tensors found = grad(y, wanted, {.create_graph = true, .upstream = upstream});
   Tensors gradients(inputs.size());
   for (std::size_t i = 0, next = 0; i < inputs.size(); ++i)
     if (up.needs(static_cast<int64_t>(i))) gradients[i] = found[next++];

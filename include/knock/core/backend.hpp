@@ -169,6 +169,21 @@ struct MlpKnockGradients {
   bool add = false;  ///< the matrices' hold sums that theirs are added to
 };
 
+/// Where the gradient of a parameter goes; with `adds` it is added to what is there. Undefined: not wanted.
+struct GradientSum {
+  Array array;
+  bool adds = false;
+};
+
+/// One of the tensors of `Backend::norm_rope`, and of its gradients.
+struct NormRopeHeads {
+  Array x, weight, out_y, out_stats;
+};
+struct NormRopeGradients {
+  Array x, weight, stats, dy, out_dx;
+  GradientSum out_dweight;
+};
+
 /// Kernel entry points of one device kind. `out...` arrays are written; the others are read. Unless said otherwise
 /// arrays may have any strides and the arrays of one call have the same shape.
 struct Backend {
@@ -281,13 +296,12 @@ struct Backend {
   /// `addend` is added to dx, which has x's dtype; out_dx_narrow is the same in dy's.
   void (*rms_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                             const Array& addend, const Array& out_dx, const Array& out_dx_narrow,
-                            const Array& out_dweight) = nullptr;
-  /// y = rope(rms_norm(x)) without a rounding between them; x, positions and y as rope's, stats as rms_norm's.
-  void (*norm_rope)(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
-                    bool interleaved, const Array& out_y, const Array& out_stats) = nullptr;
-  void (*norm_rope_backward)(const Array& x, const Array& weight, const Array& stats, const Array& positions,
-                             double theta, bool interleaved, const Array& dy, const Array& out_dx,
-                             const Array& out_dweight) = nullptr;
+                            const GradientSum& out_dweight) = nullptr;
+  /// y = rope(rms_norm(x)) of each tensor without a rounding between them; x, positions and y as rope's, in shapes that
+  /// differ in axes between the first and the last two alone; stats (rows) in an order that backward knows.
+  void (*norm_rope)(const NormRope& options, const Array& positions, std::span<const NormRopeHeads> heads) = nullptr;
+  void (*norm_rope_backward)(const NormRope& options, const Array& positions,
+                             std::span<const NormRopeGradients> gradients) = nullptr;
   /// y = rope(rms_norm(x knock^T)), or one of the two behind the product. x, y, dy, dproduct and dx dense (B, T, H, D);
   /// knock dense (D, D), in x's dtype or f32 beside bf16; positions (T), (B, T) or undefined; stats (B, T, H) as
   /// rms_norm's, undefined without a norm. out_product, as x: x knock^T, undefined where it is not kept.
@@ -297,7 +311,8 @@ struct Backend {
   /// product: made again where it is undefined; out_dproduct: its gradient.
   void (*knock_norm_rope_backward)(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                                    const Array& positions, const Array& product, const Array& stats, const Array& dy,
-                                   const Array& out_dproduct, const Array& out_dx, const Array& out_dweight) = nullptr;
+                                   const Array& out_dproduct, const Array& out_dx,
+                                   const GradientSum& out_dweight) = nullptr;
   /// bf16 heads of a multiple of 16 features up to 128, dense, at addresses that are multiples of 16 bytes, as those of
   /// the bf16 matrices. x, y and dy (..., D). Only accelerators have the two.
   void (*mlp_knock)(const Array& x, const MlpKnock& knock, const Array& out_y) = nullptr;
@@ -307,7 +322,8 @@ struct Backend {
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                      const Array& out_stats) = nullptr;
   void (*layer_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                              const Array& out_dx, const Array& out_dweight, const Array& out_dbias) = nullptr;
+                              const Array& out_dx, const GradientSum& out_dweight,
+                              const GradientSum& out_dbias) = nullptr;
   /// logits (rows, C), target (rows) dense i64; loss (rows) without reduction, one element with, in the logits' dtype
   /// or the compute type; stats (rows, 2): largest logit and sum of exp(logit - largest), undefined for ignored rows
   void (*cross_entropy)(const Array& logits, const Array& target, const CrossEntropyOptions& options,

@@ -85,6 +85,9 @@ struct Work {
   void add(const MoeGradients& out);
   void add(const MlpKnock& knock);
   void add(const MlpKnockGradients& out);
+  void add(const GradientSum& sum);
+  void add(std::span<const NormRopeHeads> heads);
+  void add(std::span<const NormRopeGradients> gradients);
   void add(std::span<const AdamWUpdate> updates);
   void add(std::span<const SgdUpdate> updates);
   void add(std::span<const BiasUpdate> updates);
@@ -112,10 +115,10 @@ void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& o
 void refine(Work& work, const MoeInputs& in, const Array& hidden, const Array& dy, const MoeGradients& gradients);
 void refine(Work& work, double factor, const std::span<const Array>& x);
 void refine(Work& work, const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-            const Array& positions, const Array& y, const Array& stats);
+            const Array& positions, const Array& product, const Array& y, const Array& stats);
 void refine(Work& work, const NormRope& options, const Array& x, const Array& knock, const Array& weight,
-            const Array& positions, const Array& stats, const Array& dy, const Array& dproduct, const Array& dx,
-            const Array& dweight);
+            const Array& positions, const Array& product, const Array& stats, const Array& dy, const Array& dproduct,
+            const Array& dx, const GradientSum& dweight);
 void refine(Work& work, const Array& x, const MlpKnock& knock, const Array& y);
 void refine(Work& work, const Array& x, const MlpKnock& knock, const Array& dy, const MlpKnockGradients& out);
 
@@ -250,6 +253,23 @@ KNOCK_FUNC void Work::add(const MlpKnockGradients& out) {
   for (const Array* sum : {&out.gate, &out.up, &out.down}) bytes += bytes_of(*sum);  // read as well
 }
 
+KNOCK_FUNC void Work::add(const GradientSum& sum) {
+  add(sum.array);
+  if (sum.adds) bytes += bytes_of(sum.array);  // read as well
+}
+
+KNOCK_FUNC void Work::add(std::span<const NormRopeHeads> heads) {
+  for (const NormRopeHeads& h : heads)
+    for (const Array* array : {&h.x, &h.weight, &h.out_y, &h.out_stats}) add(*array);
+}
+
+KNOCK_FUNC void Work::add(std::span<const NormRopeGradients> gradients) {
+  for (const NormRopeGradients& g : gradients) {
+    for (const Array* array : {&g.x, &g.weight, &g.stats, &g.dy, &g.out_dx}) add(*array);
+    add(g.out_dweight);
+  }
+}
+
 KNOCK_FUNC void Work::add(std::span<const AdamWUpdate> updates) {
   for (const AdamWUpdate& u : updates) {
     for (const Array* array : {&u.param, &u.grad, &u.exp_avg, &u.exp_avg_sq, &u.rounded}) add(*array);
@@ -327,14 +347,15 @@ KNOCK_FUNC void refine(Work& work, const MoeInputs& in, const Array&, const Arra
 KNOCK_FUNC void refine(Work& work, double, const std::span<const Array>&) { work.bytes *= 2; }
 
 KNOCK_FUNC void refine(Work& work, const NormRope&, const Array& x, const Array&, const Array&, const Array&,
-                       const Array&, const Array&) {
+                       const Array&, const Array&, const Array&) {
   work.flop = 2 * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
 }
 
-// The product again where there is a norm, and dx.
+// The product again where there is a norm and it was not kept, and dx.
 KNOCK_FUNC void refine(Work& work, const NormRope& options, const Array& x, const Array&, const Array&, const Array&,
-                       const Array&, const Array&, const Array&, const Array& dx, const Array&) {
-  const int products = (options.norm ? 1 : 0) + (dx.defined() ? 1 : 0);
+                       const Array& product, const Array&, const Array&, const Array&, const Array& dx,
+                       const GradientSum&) {
+  const int products = (options.norm && !product.defined() ? 1 : 0) + (dx.defined() ? 1 : 0);
   work.flop = 2 * products * static_cast<double>(x.numel()) * static_cast<double>(x.shape.back());
 }
 

@@ -10,7 +10,7 @@ void knock_norm_rope(const NormRope& options, const Array& x, const Array& knock
                      const Array& positions, const Array& out_product, const Array& out_y, const Array& out_stats);
 void knock_norm_rope_backward(const NormRope& options, const Array& x, const Array& knock, const Array& weight,
                               const Array& positions, const Array& product, const Array& stats, const Array& dy,
-                              const Array& out_dproduct, const Array& out_dx, const Array& out_dweight);
+                              const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight);
 
 }  // namespace knock::cpu
 
@@ -20,6 +20,7 @@ void knock_norm_rope_backward(const NormRope& options, const Array& x, const Arr
 #include <knock/cpu/rms_norm.hpp>
 #include <knock/cpu/rope.hpp>
 
+#include <array>
 #include <optional>
 #include <utility>
 
@@ -68,13 +69,13 @@ KNOCK_FUNC void knock_norm_rope(const NormRope& options, const Array& x, const A
   const Array from = detail::heads_first(made.array()), to = detail::heads_first(out_y);
   if (!positions.defined()) return rms_norm(made.array(), {}, weight, options.eps, {}, out_y, out_stats);
   if (!options.norm) return rope(from, positions, options.theta, options.interleaved, false, to);
-  norm_rope(from, weight, options.eps, positions, options.theta, options.interleaved, to, out_stats);
+  norm_rope(options, positions, std::array{NormRopeHeads{from, weight, to, out_stats}});
 }
 
 KNOCK_FUNC void knock_norm_rope_backward(const NormRope& options, const Array& x, const Array& knock,
                                          const Array& weight, const Array& positions, const Array& product,
                                          const Array& stats, const Array& dy, const Array& out_dproduct,
-                                         const Array& out_dx, const Array& out_dweight) {
+                                         const Array& out_dx, const GradientSum& out_dweight) {
   const Array up = detail::heads_first(dy), to = detail::heads_first(out_dproduct);
   if (!options.norm) {
     rope(up, positions, options.theta, options.interleaved, true, to);
@@ -83,8 +84,9 @@ KNOCK_FUNC void knock_norm_rope_backward(const NormRope& options, const Array& x
     if (!product.defined()) made.emplace(x, knock, Array{});
     const Array& from = made ? made->array() : product;
     if (positions.defined()) {
-      norm_rope_backward(detail::heads_first(from), weight, stats, positions, options.theta, options.interleaved, up,
-                         to, out_dweight);
+      const Array made_from = detail::heads_first(from);
+      norm_rope_backward(options, positions,
+                         std::array{NormRopeGradients{made_from, weight, stats, up, to, out_dweight}});
     } else {
       rms_norm_backward(from, weight, stats, dy, {}, out_dproduct, {}, out_dweight);
     }

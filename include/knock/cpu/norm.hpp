@@ -9,7 +9,7 @@ namespace knock::cpu {
 void layer_norm(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                 const Array& out_stats);
 void layer_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& out_dx,
-                         const Array& out_dweight, const Array& out_dbias);
+                         const GradientSum& out_dweight, const GradientSum& out_dbias);
 
 }  // namespace knock::cpu
 
@@ -109,7 +109,7 @@ KNOCK_FUNC void layer_norm(const Array& x, const Array& weight, const Array& bia
 }
 
 KNOCK_FUNC void layer_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy,
-                                    const Array& out_dx, const Array& out_dweight, const Array& out_dbias) {
+                                    const Array& out_dx, const GradientSum& out_dweight, const GradientSum& out_dbias) {
   dispatch_float(x.dtype, "layer_norm", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
     const Rows<T> in(x), upstream(dy);
@@ -134,8 +134,8 @@ KNOCK_FUNC void layer_norm_backward(const Array& x, const Array& weight, const A
         to.store(row, dx);
       }
     });
-    if (out_dweight.defined()) dweight.add_up(out_dweight.as<C>());
-    if (out_dbias.defined()) dbias.add_up(out_dbias.as<C>());
+    dweight.add_up(out_dweight);
+    dbias.add_up(out_dbias);
   });
 }
 

@@ -13,11 +13,9 @@ namespace knock::cpu {
 void rms_norm(const Array& x, const Array& addend, const Array& weight, double eps, const Array& out_sum,
               const Array& out_y, const Array& out_stats);
 void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy, const Array& addend,
-                       const Array& out_dx, const Array& out_dx_narrow, const Array& out_dweight);
-void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta, bool interleaved,
-               const Array& out_y, const Array& out_stats);
-void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions, double theta,
-                        bool interleaved, const Array& dy, const Array& out_dx, const Array& out_dweight);
+                       const Array& out_dx, const Array& out_dx_narrow, const GradientSum& out_dweight);
+void norm_rope(const NormRope& options, const Array& positions, std::span<const NormRopeHeads> heads);
+void norm_rope_backward(const NormRope& options, const Array& positions, std::span<const NormRopeGradients> gradients);
 
 }  // namespace knock::cpu
 
@@ -177,7 +175,7 @@ KNOCK_FUNC void rms_norm(const Array& x, const Array& addend, const Array& weigh
 
 KNOCK_FUNC void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                                   const Array& addend, const Array& out_dx, const Array& out_dx_narrow,
-                                  const Array& out_dweight) {
+                                  const GradientSum& out_dweight) {
   using Use = ContiguousRows::Use;
   const ContiguousRows given(x, Use::read), upstream(dy, Use::read), more(addend, Use::read), dx(out_dx, Use::write),
       narrow(out_dx_narrow, Use::write);
@@ -201,34 +199,35 @@ KNOCK_FUNC void rms_norm_backward(const Array& x, const Array& weight, const Arr
         if (wants_narrow) detail::copy_rows(to, rows, n, group_of<T>(narrow.rows, at[4]));
       });
     });
-    if (out_dweight.defined()) sums.add_up(out_dweight.as<C>());
+    sums.add_up(out_dweight);
   });
   dx.write_back();
   narrow.write_back();
 }
 
-KNOCK_FUNC void norm_rope(const Array& x, const Array& weight, double eps, const Array& positions, double theta,
-                          bool interleaved, const Array& out_y, const Array& out_stats) {
+namespace detail {
+
+KNOCK_FUNC void norm_rope(const NormRope& options, const Array& positions, const NormRopeHeads& heads) {
   using Use = ContiguousRows::Use;
-  const ContiguousRows in(x, Use::read), y(out_y, Use::write);
-  const int64_t n = x.shape.back(), group = group_size(n);
-  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+  const ContiguousRows in(heads.x, Use::read), y(heads.out_y, Use::write);
+  const int64_t n = heads.x.shape.back(), group = group_size(n);
+  dispatch_float(heads.x.dtype, "norm_rope", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const detail::WeightOrOnes<C> scale(weight, n);
-    const detail::RopeTable<C> table(x, positions, theta, false);
+    const WeightOrOnes<C> scale(heads.weight, n);
+    const RopeTable<C> table(heads.x, positions, options.theta, false);
     const RowWalk<3> walk({in.rows, y.rows, table.rows()});
     parallel_rows(walk.count(), rows_per_task(n), [&](int64_t begin, int64_t end) {
       walk.groups(begin, end, group, [&](int64_t first, int64_t rows, const auto& at) {
         const GroupRows<T> from = group_of<T>(in.rows, at[0]);
-        C* const rstd = out_stats.as<C>() + first;
-        detail::find_rstd(from, rows, n, eps, rstd);
+        C* const rstd = heads.out_stats.as<C>() + first;
+        find_rstd(from, rows, n, options.eps, rstd);
         const GroupRows<T> to = group_of<T>(y.rows, at[1]);
         for (int64_t r = 0; r < rows; ++r) {
           const T* const row = from[r];
           const C* const w = scale.data();
           const C factor = rstd[r];
-          detail::rotate_row(
-              table, at[2][static_cast<std::size_t>(r)], n / 2, interleaved,
+          rotate_row(
+              table, at[2][static_cast<std::size_t>(r)], n / 2, options.interleaved,
               [=](int64_t k) { return static_cast<C>(row[k]) * factor * w[k]; }, to[r]);
         }
       });
@@ -237,20 +236,19 @@ KNOCK_FUNC void norm_rope(const Array& x, const Array& weight, double eps, const
   y.write_back();
 }
 
-KNOCK_FUNC void norm_rope_backward(const Array& x, const Array& weight, const Array& stats, const Array& positions,
-                                   double theta, bool interleaved, const Array& dy, const Array& out_dx,
-                                   const Array& out_dweight) {
+KNOCK_FUNC void norm_rope_backward(const NormRope& options, const Array& positions,
+                                   const NormRopeGradients& gradients) {
   using Use = ContiguousRows::Use;
-  const ContiguousRows in(x, Use::read), upstream(dy, Use::read), dx(out_dx, Use::write);
-  const bool wants_dx = out_dx.defined();
-  const int64_t n = x.shape.back(), group = group_size(n);
-  dispatch_float(x.dtype, "norm_rope", [&]<class T>(Type<T>) {
+  const ContiguousRows in(gradients.x, Use::read), upstream(gradients.dy, Use::read), dx(gradients.out_dx, Use::write);
+  const bool wants_dx = gradients.out_dx.defined();
+  const int64_t n = gradients.x.shape.back(), group = group_size(n);
+  dispatch_float(gradients.x.dtype, "norm_rope", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const detail::WeightOrOnes<C> scale(weight, n);
-    const detail::RopeTable<C> table(x, positions, theta, true);
+    const WeightOrOnes<C> scale(gradients.weight, n);
+    const RopeTable<C> table(gradients.x, positions, options.theta, true);
     const RowWalk<4> walk({in.rows, upstream.rows, wants_dx ? dx.rows : in.rows, table.rows()});
-    const detail::BufferedRows<C> turned(n);
-    const detail::BufferedRows<T> unwanted(0);
+    const BufferedRows<C> turned(n);
+    const BufferedRows<T> unwanted(0);
     const RowSums<C> sums(walk.count(), n);
     parallel_rows(walk.count(), sums.rows_per_part(), [&](int64_t begin, int64_t end) {
       C* const dweight = sums.part(begin);
@@ -260,18 +258,29 @@ KNOCK_FUNC void norm_rope_backward(const Array& x, const Array& weight, const Ar
         const GroupRows<T> from = group_of<T>(upstream.rows, at[1]);
         for (int64_t r = 0; r < rows; ++r) {
           const T* const row = from[r];
-          detail::rotate_row(
-              table, at[3][static_cast<std::size_t>(r)], n / 2, interleaved,
+          rotate_row(
+              table, at[3][static_cast<std::size_t>(r)], n / 2, options.interleaved,
               [=](int64_t i) { return static_cast<C>(row[i]); }, buffer + r * n);
         }
-        detail::norm_gradient(group_of<T>(in.rows, at[0]), rows, n, stats.as<C>() + first, scale.data(),
-                              turned.rows(buffer), GroupRows<T>{nullptr, nullptr},
-                              wants_dx ? group_of<T>(dx.rows, at[2]) : unwanted.rows(nowhere.data()), dweight);
+        norm_gradient(group_of<T>(in.rows, at[0]), rows, n, gradients.stats.as<C>() + first, scale.data(),
+                      turned.rows(buffer), GroupRows<T>{nullptr, nullptr},
+                      wants_dx ? group_of<T>(dx.rows, at[2]) : unwanted.rows(nowhere.data()), dweight);
       });
     });
-    if (out_dweight.defined()) sums.add_up(out_dweight.as<C>());
+    sums.add_up(gradients.out_dweight);
   });
   dx.write_back();
+}
+
+}  // namespace detail
+
+KNOCK_FUNC void norm_rope(const NormRope& options, const Array& positions, std::span<const NormRopeHeads> heads) {
+  for (const NormRopeHeads& each : heads) detail::norm_rope(options, positions, each);
+}
+
+KNOCK_FUNC void norm_rope_backward(const NormRope& options, const Array& positions,
+                                   std::span<const NormRopeGradients> gradients) {
+  for (const NormRopeGradients& each : gradients) detail::norm_rope_backward(options, positions, each);
 }
 
 }  // namespace knock::cpu

@@ -121,10 +121,12 @@ class RowSums {
     std::fill(sums, sums + n_, C(0));
     return sums;
   }
-  /// out (n): the total
-  void add_up(C* out) const {
+  /// The totals (n), where they are wanted.
+  void add_up(const GradientSum& total) const {
+    if (!total.array.defined()) return;
+    C* const out = total.array.as<C>();
     parallel_rows(n_, std::max<int64_t>(16384 / std::max<int64_t>(parts_, 1), 64), [&](int64_t begin, int64_t end) {
-      std::fill(out + begin, out + end, C(0));
+      if (!total.adds) std::fill(out + begin, out + end, C(0));
       for (int64_t p = 0; p < parts_; ++p) {
         const C* const sums = static_cast<const C*>(memory_.data) + p * n_;
         KNOCK_SIMD

@@ -83,17 +83,16 @@ KNOCK_FUNC Tensor knock_norm_rope(const Tensor& x, const Tensor& knock, const Te
           up, {in, k, w}, [&](const Tensors& i) { return composite::knock_norm_rope(i[0], i[1], at, i[2], options); });
     const Tensor dense_x = in.contiguous(), dy = up.dy().transpose(1, 2).contiguous(), dproduct = empty_like(dy);
     const Tensor dx = up.needs(0) ? empty_like(dense_x) : Tensor();
-    const Tensor dw = detail::room_for(up.needs(2), in, {in.size(3)}, compute_dtype(in.dtype()));
     if (in.numel() == 0) return {dx, up.needs(1) ? zeros_like(k) : Tensor(), up.needs(2) ? zeros_like(w) : Tensor()};
     const Tensor matrix_of = k.contiguous();
+    const detail::ParameterGradient dw(up, 2, in, w);
     kernel(&Backend::knock_norm_rope_backward, "knock_norm_rope", in)(
         kernel_options, dense_x.array(), detail::array_beside(in, matrix_of),
         detail::array_or_none(detail::norm_parameter(w, in)), detail::array_or_none(at), detail::array_or_none(product),
-        detail::array_or_none(stats), dy.array(), dproduct.array(), detail::array_or_none(dx),
-        detail::array_or_none(dw));
+        detail::array_or_none(stats), dy.array(), dproduct.array(), detail::array_or_none(dx), dw.place());
     Tensor dknock;
     if (up.needs(1)) dknock = detail::mixed_product(detail::as_rows(dproduct).t(), detail::as_rows(dense_x), k.dtype());
-    return {dx, dknock, detail::in_dtype(dw, w)};
+    return {dx, dknock, dw.gradient()};
   };
   return autograd::record("knock_norm_rope", y.transpose(1, 2), {x, knock, weight}, backward);
 }

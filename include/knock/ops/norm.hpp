@@ -14,6 +14,7 @@
 //
 // Forward keeps x, r and m. bf16 rows are normalised in f32 and rounded once.
 
+#include <knock/autograd/node.hpp>
 #include <knock/core/tensor.hpp>
 
 namespace knock {
@@ -50,7 +51,21 @@ Tensor norm_parameter(const Tensor& parameter, const Tensor& x);
 Tensor row_stats(const Tensor& x);
 Array array_or_none(const Tensor& tensor);
 Tensor room_for(bool wanted, const Tensor& x, const Shape& shape, DType dtype);
-Tensor in_dtype(const Tensor& gradient, const Tensor& of);
+
+/// The gradient of a norm's weight or bias, input i of an op on x, if it is wanted: a kernel adds it to what the leaf
+/// holds already, or writes it in the compute type.
+class ParameterGradient {
+ public:
+  ParameterGradient(const autograd::Upstream& up, int64_t i, const Tensor& x, const Tensor& parameter);
+  GradientSum place() const { return {array_or_none(gradient_), adds_}; }
+  /// What the kernel has made, in the parameter's dtype.
+  Tensor gradient() const { return gradient_.defined() ? gradient_.to(dtype_) : Tensor(); }
+
+ private:
+  Tensor gradient_;
+  DType dtype_ = DType::f32;
+  bool adds_ = false;
+};
 }  // namespace detail
 
 }  // namespace knock
@@ -97,8 +112,14 @@ KNOCK_FUNC Tensor room_for(bool wanted, const Tensor& x, const Shape& shape, DTy
   return wanted ? empty(shape, {dtype, x.device()}) : Tensor();
 }
 
-KNOCK_FUNC Tensor in_dtype(const Tensor& gradient, const Tensor& of) {
-  return gradient.defined() ? gradient.to(of.dtype()) : gradient;
+KNOCK_FUNC ParameterGradient::ParameterGradient(const autograd::Upstream& up, int64_t i, const Tensor& x,
+                                                const Tensor& parameter) {
+  if (!up.needs(i)) return;
+  const DType wide = compute_dtype(x.dtype());
+  dtype_ = parameter.dtype();
+  if (dtype_ == wide) gradient_ = up.take_grad(i);
+  adds_ = gradient_.defined();
+  if (!adds_) gradient_ = empty(parameter.shape(), {wide, x.device()});
 }
 
 /// dx and dweight of rms_norm at x by the formula above, recorded.
@@ -127,12 +148,11 @@ KNOCK_FUNC Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
       return autograd::twin_gradients(up, {in, w},
                                       [&](const Tensors& i) { return composite::rms_norm(i[0], i[1], eps); });
     const Tensor dy = up.dy(), dx = detail::room_for(up.needs(0), in, in.shape(), in.dtype());
-    const Tensor dw = detail::room_for(up.needs(1), in, {in.shape().back()}, stats.dtype());
     const Tensor scale = detail::norm_parameter(w, in);
+    const detail::ParameterGradient dw(up, 1, in, w);
     kernel(&Backend::rms_norm_backward, "rms_norm", in)(in.array(), detail::array_or_none(scale), stats.array(),
-                                                        dy.array(), {}, detail::array_or_none(dx), {},
-                                                        detail::array_or_none(dw));
-    return {dx, detail::in_dtype(dw, w)};
+                                                        dy.array(), {}, detail::array_or_none(dx), {}, dw.place());
+    return {dx, dw.gradient()};
   };
   return autograd::record("rms_norm", y, {x, weight}, backward);
 }
@@ -160,11 +180,11 @@ KNOCK_FUNC AddNorm add_rms_norm(const Tensor& x, const Tensor& residual, const T
     }
     const Tensor dsum = detail::room_for(up.needs(0) || up.needs(1), s, s.shape(), s.dtype());
     const Tensor dx = detail::room_for(up.needs(0) && wide_sum, s, s.shape(), dtype);
-    const Tensor dw = detail::room_for(up.needs(2), s, {s.shape().back()}, stats.dtype());
+    const detail::ParameterGradient dw(up, 2, s, w);
     kernel(&Backend::rms_norm_backward, "add_rms_norm", s)(
         s.array(), detail::array_or_none(detail::norm_parameter(w, s)), stats.array(), dy.array(),
-        detail::array_or_none(ds), detail::array_or_none(dsum), detail::array_or_none(dx), detail::array_or_none(dw));
-    return {wide_sum ? dx : dsum, dsum, detail::in_dtype(dw, w)};
+        detail::array_or_none(ds), detail::array_or_none(dsum), detail::array_or_none(dx), dw.place());
+    return {wide_sum ? dx : dsum, dsum, dw.gradient()};
   };
   autograd::record("add_rms_norm", {sum, normed}, {x, residual, weight}, backward);
   return {sum, normed};
@@ -187,15 +207,13 @@ KNOCK_FUNC Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor
       return autograd::twin_gradients(up, {in, w, b},
                                       [&](const Tensors& i) { return composite::layer_norm(i[0], i[1], i[2], eps); });
     }
-    const Shape last{in.shape().back()};
     const Tensor dy = up.dy(), dx = detail::room_for(up.needs(0), in, in.shape(), in.dtype());
-    const Tensor dw = detail::room_for(up.needs(1), in, last, stats.dtype());
-    const Tensor db = detail::room_for(up.needs(2), in, last, stats.dtype());
     const Tensor factor = detail::norm_parameter(w, in);
+    const detail::ParameterGradient dw(up, 1, in, w), db(up, 2, in, b);
     kernel(&Backend::layer_norm_backward, "layer_norm", in)(in.array(), detail::array_or_none(factor), stats.array(),
-                                                            dy.array(), detail::array_or_none(dx),
-                                                            detail::array_or_none(dw), detail::array_or_none(db));
-    return {dx, detail::in_dtype(dw, w), detail::in_dtype(db, b)};
+                                                            dy.array(), detail::array_or_none(dx), dw.place(),
+                                                            db.place());
+    return {dx, dw.gradient(), db.gradient()};
   };
   return autograd::record("layer_norm", y, {x, weight, bias}, backward);
 }

@@ -75,6 +75,13 @@ class Attention : public Module {
   Tensor rotate(const Tensor& x, const Tensor& positions, RMSNorm* norm = nullptr) const;
   /// The same of x (B, T, H, D) behind `knock` if any -> (B, H, T, D).
   Tensor knock_and_rotate(const Tensor& x, const Tensor& positions, KnockLayer* knock, RMSNorm* norm = nullptr) const;
+  /// The same of queries and keys, together where a norm and a rotation are what is left to do.
+  struct Path {
+    Tensor x;
+    KnockLayer* knock;
+    RMSNorm* norm;
+  };
+  Tensors knock_and_rotate(const std::vector<Path>& paths, const Tensor& positions) const;
   /// `parts` (B, heads, T, dim) of these tokens behind the cache's, which takes them; without tokens that the window
   /// hides from all of these, perhaps.
   Seen with_past(const Tensors& parts, const AttentionInputs& inputs) const;
@@ -213,6 +220,23 @@ KNOCK_FUNC Tensor Attention::knock_and_rotate(const Tensor& x, const Tensor& pos
   return knock_norm_rope(
       x, beside(x, knock->linear_weight()), rope ? positions : Tensor(), norm ? beside(x, norm->weight) : Tensor(),
       {.norm = norm != nullptr, .eps = norm ? norm->eps() : 1e-6, .rope = {.theta = options_.rope_theta}});
+}
+
+KNOCK_FUNC Tensors Attention::knock_and_rotate(const std::vector<Path>& paths, const Tensor& positions) const {
+  const bool together = std::all_of(paths.begin(), paths.end(), [&](const Path& path) {
+    const bool in_one = path.knock && path.knock->kind() == Knock::linear;  // the knock, norm and rotation of a tensor
+    return options_.rope && options_.rope_dim == path.x.size(3) && path.norm && !in_one;
+  });
+  Tensors out, weights;
+  for (const Path& path : paths) {
+    if (!together) {
+      out.push_back(knock_and_rotate(path.x, positions, path.knock, path.norm));
+      continue;
+    }
+    out.push_back((path.knock ? path.knock->forward(path.x) : path.x).transpose(1, 2));
+    weights.push_back(beside(path.x, path.norm->weight));
+  }
+  return together ? norm_rope_many(out, positions, weights, options_.norm_eps, {.theta = options_.rope_theta}) : out;
 }
 
 KNOCK_FUNC Tensor Attention::documents_of(const AttentionInputs& inputs, int64_t batch, int64_t tokens) {

@@ -65,12 +65,11 @@ KNOCK_FUNC Tensor GroupedAttention::forward(const Tensor& x, const AttentionInpu
   Tensor v = split_heads(projected[2], dim);  // (B, T, Hkv, D)
   if (knock_v) v = knock_v->forward(v);
   if (v_gate_proj) v = sigmoid_gate(split_heads(v_gate_proj->forward(x), dim), v);
-  const auto made = [&](const Tensor& heads, KnockLayer* knock, RMSNorm* norm) {  // (B, H, T, D)
-    return knock_and_rotate(split_heads(heads, dim), positions, knock, norm);
-  };
-  const Tensor q = made(projected[0], knock_q.get(), q_norm.get()), k = made(projected[1], knock_k.get(), k_norm.get());
-  const Seen seen = with_past({k, v.transpose(1, 2)}, inputs);
-  return o_proj(attend(q, seen.parts[0], seen.parts[1], mask(seen.documents)));
+  const Tensors qk = knock_and_rotate({{split_heads(projected[0], dim), knock_q.get(), q_norm.get()},
+                                       {split_heads(projected[1], dim), knock_k.get(), k_norm.get()}},
+                                      positions);  // (B, H, T, D)
+  const Seen seen = with_past({qk[1], v.transpose(1, 2)}, inputs);
+  return o_proj(attend(qk[0], seen.parts[0], seen.parts[1], mask(seen.documents)));
 }
 
 KNOCK_FUNC void GroupedAttention::absorb_knocks() {
