@@ -205,7 +205,7 @@ struct HeadRows {
 };
 
 template <class T, int size>
-__global__ void __launch_bounds__(size == warp_size ? warp_team_threads : size)
+__global__ void __launch_bounds__(size == warp_size ? warp_team_threads : size, 1)
     norm_rope_rows(const __grid_constant__ Both<HeadRows<T>> all, const __grid_constant__ Tokens tokens,
                    compute_t<T> eps) {
   using C = compute_t<T>;
@@ -344,7 +344,7 @@ __device__ void add_gradients(const HeadGradients<T>& in, const Tokens& tokens,
 /// With u = dy rotated back, h = x rstd and g = u weight:  dx = rstd (g - h mean(g h)),  dweight = sum of u h over
 /// rows.
 template <class T, int size>
-__global__ void __launch_bounds__(size == warp_size ? warp_team_threads : size)
+__global__ void __launch_bounds__(size == warp_size ? warp_team_threads : size, 1)
     norm_rope_backward_rows(const __grid_constant__ Both<HeadGradients<T>> all, const __grid_constant__ Tokens tokens,
                             compute_t<T>* part_dweight) {
   using C = compute_t<T>;
