@@ -1,5 +1,6 @@
 // Scaled dot-product attention: which kernels make it.
 
+#include "allocator.hpp"
 #include "attention.cuh"
 #include "attention_decode.cuh"
 #include "kernels.hpp"
@@ -12,7 +13,7 @@ void attention(const AttentionScores& scores, const Array& q, const Array& k, co
   const AttentionProblem p(scores, q, k, v, mask, documents);
   if (fits_decode(p)) return attention_decode(DecodeProblem(p), fits_mma({q, k, v}), out, log_sum_exp);
   if (fits_mma({q, k, v, out})) return attention_mma(p, out, log_sum_exp);
-  attention_general(p, out, log_sum_exp, {});
+  attention_general(p, out, log_sum_exp);
 }
 
 void attention_backward(const AttentionScores& scores, const Array& q, const Array& k, const Array& v,
@@ -20,11 +21,10 @@ void attention_backward(const AttentionScores& scores, const Array& q, const Arr
                         const Array& dout, const Array& dq, const Array& dk, const Array& dv) {
   if (log_sum_exp.numel() == 0) return;
   const AttentionProblem p(scores, q, k, v, mask, documents);
-  const Storage memory(log_sum_exp.numel() * size_of(log_sum_exp.dtype), Device(DeviceKind::cuda, current_device()));
-  const Array delta{memory.data, log_sum_exp.dtype, log_sum_exp.shape, log_sum_exp.strides};
-  attention_delta(p, out, dout, delta);
-  if (fits_mma({q, k, v, dout, dq, dk, dv})) return attention_backward_mma(p, dout, log_sum_exp, delta, dq, dk, dv);
-  attention_backward_general(p, dout, log_sum_exp, delta, dq, dk, dv, {}, {});
+  const Scratch memory(log_sum_exp.numel() * size_of(log_sum_exp.dtype));
+  const Array delta{memory.as<void>(), log_sum_exp.dtype, log_sum_exp.shape, log_sum_exp.strides};
+  const bool fits = fits_mma({q, k, v, out, dout, dq, dk, dv});
+  (fits ? attention_backward_mma : attention_backward_general)(p, out, log_sum_exp, dout, delta, dq, dk, dv);
 }
 
 }  // namespace knock::cuda

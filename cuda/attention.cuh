@@ -5,14 +5,9 @@
 // stand in cpu/attention.hpp. Two families of kernels compute them: attention_general.cu multiplies with fused
 // multiply-adds in f32 or f64 and takes every dtype and stride; attention_mma.cu multiplies bf16 on the tensor cores.
 //
-// What is hidden has no influence, not even as 0 * NaN. The general kernels see to that in tiles that hold a NaN or an
-// infinity. The others do not look: they mark the tiles whose results are not finite, which the general kernels make
-// again.
-
-#include "device.hpp"
+// dq's kernel comes first: it makes delta = rowsum(dout * out) of its rows, which dk's and dv's reads.
 
 #include <knock/core/backend.hpp>
-#include <knock/core/storage.hpp>
 
 #include <algorithm>
 #include <initializer_list>
@@ -112,49 +107,16 @@ struct AttentionProblem {
   }
 };
 
-/// Marks of the tiles of rows that must be made again; without marks, all are wanted.
-struct Redo {
-  uint8_t* marks = nullptr;  ///< (heads, tiles, parts)
-  int tile = 1;              ///< rows
-  int parts = 1;             ///< blocks that share a tile
-
-  __device__ uint8_t& mark(int64_t head, int64_t row, int64_t rows, int part) const {
-    return marks[(head * ((rows + tile - 1) / tile) + row / tile) * parts + part];
-  }
-  __device__ bool wanted(int64_t head, int64_t row, int64_t rows) const {
-    if (!marks) return true;
-    bool any = false;
-    for (int part = 0; part < parts; ++part) any = any || mark(head, row, rows, part) != 0;
-    return any;
-  }
-};
-
-/// The memory of such marks.
-class Marks {
- public:
-  Marks(int64_t heads, int64_t rows, int tile, int parts = 1)
-      : storage_(heads * ((rows + tile - 1) / tile) * parts, Device(DeviceKind::cuda, current_device())),
-        tile_(tile),
-        parts_(parts) {}
-  Redo redo() const { return {static_cast<uint8_t*>(storage_.data), tile_, parts_}; }
-
- private:
-  Storage storage_;
-  int tile_, parts_;
-};
-
 /// The general kernels. log_sum_exp, delta (B, Hq, Tq) dense, in f64 for f64 and f32 otherwise.
-void attention_general(const AttentionProblem& p, const Array& out, const Array& log_sum_exp, const Redo& redo);
-/// delta = rowsum(dout * out)
-void attention_delta(const AttentionProblem& p, const Array& out, const Array& dout, const Array& delta);
-void attention_backward_general(const AttentionProblem& p, const Array& dout, const Array& log_sum_exp,
-                                const Array& delta, const Array& dq, const Array& dk, const Array& dv,
-                                const Redo& redo_queries, const Redo& redo_keys);
+void attention_general(const AttentionProblem& p, const Array& out, const Array& log_sum_exp);
+void attention_backward_general(const AttentionProblem& p, const Array& out, const Array& log_sum_exp,
+                                const Array& dout, const Array& delta, const Array& dq, const Array& dk,
+                                const Array& dv);
 
 /// Whether the tensor cores' kernels take these.
 bool fits_mma(std::initializer_list<Array> arrays);
 void attention_mma(const AttentionProblem& p, const Array& out, const Array& log_sum_exp);
-void attention_backward_mma(const AttentionProblem& p, const Array& dout, const Array& log_sum_exp, const Array& delta,
-                            const Array& dq, const Array& dk, const Array& dv);
+void attention_backward_mma(const AttentionProblem& p, const Array& out, const Array& log_sum_exp, const Array& dout,
+                            const Array& delta, const Array& dq, const Array& dk, const Array& dv);
 
 }  // namespace knock::cuda

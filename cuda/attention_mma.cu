@@ -6,8 +6,11 @@
 //
 // dq has a kernel of its own beside dk and dv, each of which adds in one fixed order: scores are made twice, and no
 // sum depends on the order in which blocks run.
+//
+// What is hidden has no influence, not even as 0 * NaN. These kernels do not look for NaN: a block whose results are
+// not finite makes them again, as the kernels by multiply-adds do (attention_general.cuh).
 
-#include "attention.cuh"
+#include "attention_general.cuh"
 #include "attention_mma.cuh"
 #include "launch.cuh"
 
@@ -165,9 +168,28 @@ struct DocumentRange {
 
 extern __shared__ __align__(16) __nv_bfloat16 shared_tiles[];
 
+/// Calls `make(tile, memory)` for the parts of this block's rows as the general kernels are cut for them, if not all
+/// threads found their results finite.
+template <class Shape, class Make>
+__device__ void make_again(bool finite, const Work& w, int64_t rows_there, Make&& make) {
+  static_assert(tile_threads == threads);
+  if (__syncthreads_and(finite)) return;
+#pragma unroll 1
+  for (int64_t first = w.first; first < min(w.first + rows, rows_there); first += Shape::rows)
+    make(general::Tile{w.b, w.h, first}, reinterpret_cast<float*>(shared_tiles));
+}
+
+/// The cut for that: it fits in the shared memory of a block that has `shared_rows` rows of D bf16 features.
+template <int D>
+using AgainCut = Cut<float, D, 1, 2>;
+template <int D, int shared_rows>
+constexpr bool fits(int numbers) {
+  return numbers * 4 <= shared_rows * D * 2;
+}
+
 template <int D, int N>
 __global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
-    attention_forward_mma(AttentionProblem p, Heads out, float* log_sum_exp, Redo redo) {
+    attention_forward_mma(AttentionProblem p, Heads out, float* log_sum_exp) {
   const Work w(p.q_heads, p.queries);
   __nv_bfloat16 *const q = shared_tiles, *const k = q + rows * D, *const v = k + N * D;  // (64, D), (N, D), (N, D)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
@@ -215,14 +237,46 @@ __global__ void __launch_bounds__(threads, D <= 64 ? 3 : 2)
   }
   const bool finite =
       store_rows<D, D / 8>(out, w.b, w.h, w.first + warp_row, p.queries, 0, p.v_depth, sums, factor, q, warp_row);
-  const bool again = __syncthreads_or(!finite);
-  if (threadIdx.x == 0) redo.mark(w.b * p.q_heads + w.h, w.first, p.queries, 0) = again;
+  using Again = AgainCut<D>;
+  static_assert(fits<D, rows + 2 * N>(general::numbers<Again>(1, 1, 1)));
+  make_again<Again>(finite, w, p.queries, [&](const general::Tile& tile, float* memory) {
+    general::make_out<Again>(p, tile, out, log_sum_exp, memory);
+  });
+}
+
+/// The product of two pairs of bf16.
+__device__ float dot(uint32_t a, uint32_t b) {
+  const float2 x = unpack(a), y = unpack(b);
+  return x.x * y.x + x.y * y.y;
+}
+
+/// delta = rowsum(dout * out) of a lane's two rows, of which dout lies in shared memory. Neighbouring rows are read in
+/// different halves of 128 bytes, so that no banks meet.
+template <int D>
+__device__ void make_delta(const Heads& out, const Work& w, int64_t rows_there, int depth, const __nv_bfloat16* dy,
+                           int warp_row, float (&delta)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4;
+  const auto* const data = static_cast<const __nv_bfloat16*>(out.data);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = warp_row + group + 8 * half;
+    float sum = 0;
+#pragma unroll 2
+    for (int i = 0; i < D / 32; ++i) {
+      const int piece = (D > 32 ? i ^ (group & 1) : i) * 4 + lane % 4;
+      if (w.first + row >= rows_there || piece * 8 >= depth) continue;
+      const uint4 a = *reinterpret_cast<const uint4*>(data + out.row(w.b, w.h, w.first + row) + piece * 8);
+      const uint4 b = *reinterpret_cast<const uint4*>(dy + place<D>(row, piece));
+      sum += dot(a.x, b.x) + dot(a.y, b.y) + dot(a.z, b.z) + dot(a.w, b.w);
+    }
+    delta[half] = sum_of_row(sum);
+  }
 }
 
 /// Weights (16, N) from scores and each row's log-sum-exp, both in units of log 2; then dS, from dP and delta.
 template <int D, int N>
-__global__ void __launch_bounds__(threads, 2) attention_dq_mma(AttentionProblem p, Heads dout, const float* log_sum_exp,
-                                                               const float* delta, Heads dq, Redo redo) {
+__global__ void __launch_bounds__(threads, 2)
+    attention_dq_mma(AttentionProblem p, general::Upstream<float> up, Heads dq) {
   const Work w(p.q_heads, p.queries);
   __nv_bfloat16 *const q = shared_tiles, *const dy = q + rows * D, *const k = dy + rows * D, *const v = k + N * D;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
@@ -237,18 +291,21 @@ __global__ void __launch_bounds__(threads, 2) attention_dq_mma(AttentionProblem 
   };
 
   load_tile<D, rows>(q, p.q, w.b, w.h, w.first, p.queries, p.depth);
-  load_tile<D, rows>(dy, dout, w.b, w.h, w.first, p.queries, p.v_depth);
+  load_tile<D, rows>(dy, up.dout, w.b, w.h, w.first, p.queries, p.v_depth);
   int col = next_tile(begin / N * N);
   if (col < end) {
     load_tile<D, N>(k, p.k, w.b, kv_head, col, p.keys, p.depth);
     load_tile<D, N>(v, p.v, w.b, kv_head, col, p.keys, p.v_depth);
   }
   commit_copies();
+  wait_copies<0>();
+  __syncthreads();
   float own_sum[2], own_delta[2];
+  make_delta<D>(up.out, w, p.queries, p.v_depth, dy, warp_row, own_delta);
   for (int half = 0; half < 2; ++half) {
     const bool there = sight.row[half] < p.queries;
-    own_sum[half] = there ? log_sum_exp[head * p.queries + sight.row[half]] * log2_e : 0;
-    own_delta[half] = there ? delta[head * p.queries + sight.row[half]] : 0;
+    own_sum[half] = there ? up.log_sum_exp[head * p.queries + sight.row[half]] * log2_e : 0;
+    if (there && threadIdx.x % 4 == 0) up.delta[head * p.queries + sight.row[half]] = own_delta[half];
   }
   float sums[D / 8][4] = {};
   while (col < end) {
@@ -274,19 +331,22 @@ __global__ void __launch_bounds__(threads, 2) attention_dq_mma(AttentionProblem 
   }
   wait_copies<0>();
   __syncthreads();
+  const Work done(p.q_heads, p.queries);  // made anew: through the loop it would take registers
   const float factor[2] = {static_cast<float>(p.scores.scale), static_cast<float>(p.scores.scale)};
   const bool finite =
-      store_rows<D, D / 8>(dq, w.b, w.h, w.first + warp_row, p.queries, 0, p.depth, sums, factor, q, warp_row);
-  const bool again = __syncthreads_or(!finite);
-  if (threadIdx.x == 0) redo.mark(head, w.first, p.queries, 0) = again;
+      store_rows<D, D / 8>(dq, done.b, done.h, done.first + warp_row, p.queries, 0, p.depth, sums, factor, q, warp_row);
+  using Again = AgainCut<D>;
+  static_assert(fits<D, 2 * rows + 2 * N>(general::numbers<Again>(2, 1, 1)));
+  make_again<Again>(finite, done, p.queries, [&](const general::Tile& tile, float* memory) {
+    general::make_dq<Again>(p, tile, up, dq, memory);
+  });
 }
 
 /// Rows are keys. Each block makes T pieces of the features of dk and dv: all of them, or a part that registers hold.
 template <int D, int N, int T>
 __global__ void __launch_bounds__(threads, D <= 32 ? 3 : 2)
-    attention_dkv_mma(AttentionProblem p, Heads dout, const float* log_sum_exp, const float* delta, Heads dk, Heads dv,
-                      Redo redo) {
-  const Work w(p.kv_heads, p.keys, redo.parts);
+    attention_dkv_mma(AttentionProblem p, general::Upstream<float> up, Heads dk, Heads dv, int parts) {
+  const Work w(p.kv_heads, p.keys, parts);
   __nv_bfloat16 *const k = shared_tiles, *const v = k + rows * D, *const q = v + rows * D, *const dy = q + N * D;
   float *const sums_of_column = reinterpret_cast<float*>(dy + N * D), *const delta_of_column = sums_of_column + N;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
@@ -306,12 +366,12 @@ __global__ void __launch_bounds__(threads, D <= 32 ? 3 : 2)
       if (!own.meets(DocumentRange(p, w.b, col + p.scores.shift, N))) continue;
       __syncthreads();
       load_tile<D, N>(q, p.q, w.b, h, col, p.queries, p.depth);
-      load_tile<D, N>(dy, dout, w.b, h, col, p.queries, p.v_depth);
+      load_tile<D, N>(dy, up.dout, w.b, h, col, p.queries, p.v_depth);
       commit_copies();
       if (threadIdx.x < N) {
         const int64_t query = int64_t{col} + threadIdx.x, at = (w.b * p.q_heads + h) * p.queries + query;
-        sums_of_column[threadIdx.x] = query < p.queries ? log_sum_exp[at] * log2_e : 0;
-        delta_of_column[threadIdx.x] = query < p.queries ? delta[at] : 0;
+        sums_of_column[threadIdx.x] = query < p.queries ? up.log_sum_exp[at] * log2_e : 0;
+        delta_of_column[threadIdx.x] = query < p.queries ? up.delta[at] : 0;
       }
       wait_copies<0>();
       __syncthreads();
@@ -337,8 +397,12 @@ __global__ void __launch_bounds__(threads, D <= 32 ? 3 : 2)
   const int64_t first = w.first + warp_row;
   bool finite = store_rows<D, T>(dv, w.b, w.h, first, p.keys, piece, p.v_depth, dv_sums, one, v, warp_row);
   finite = store_rows<D, T>(dk, w.b, w.h, first, p.keys, piece, p.depth, dk_sums, factor, k, warp_row) && finite;
-  const bool again = __syncthreads_or(!finite);
-  if (threadIdx.x == 0) redo.mark(w.b * p.kv_heads + w.h, w.first, p.keys, w.part) = again;
+  using Again = AgainCut<D>;
+  static_assert(fits<D, 2 * rows + 2 * N>(general::numbers<Again>(2, 2, 2)));
+  const Work done(p.kv_heads, p.keys, parts);  // made anew: through the loop it would take registers
+  make_again<Again>(finite, done, p.keys, [&](const general::Tile& tile, float* memory) {
+    general::make_dkv<Again>(p, tile, up, dk, dv, done.part * T * 8, (done.part + 1) * T * 8, memory);
+  });
 }
 
 /// Whether rows of x are pieces of 16 bytes.
@@ -374,29 +438,26 @@ bool fits_mma(std::initializer_list<Array> arrays) {
 }
 
 void attention_mma(const AttentionProblem& p, const Array& out, const Array& log_sum_exp) {
-  const Marks marks(p.batch * p.q_heads, p.queries, rows);
   dispatch(p, [&]<int D, int N>(std::integral_constant<int, D>, std::integral_constant<int, N>) {
     constexpr int columns = D <= 128 ? 64 : N;
     launch("attention", attention_forward_mma<D, columns>,
            grid(p.batch * p.q_heads * tiles_of(p.queries), rows + 2 * columns, D), p, Heads(out),
-           log_sum_exp.as<float>(), marks.redo());
+           log_sum_exp.as<float>());
   });
-  attention_general(p, out, log_sum_exp, marks.redo());
 }
 
-void attention_backward_mma(const AttentionProblem& p, const Array& dout, const Array& log_sum_exp, const Array& delta,
-                            const Array& dq, const Array& dk, const Array& dv) {
+void attention_backward_mma(const AttentionProblem& p, const Array& out, const Array& log_sum_exp, const Array& dout,
+                            const Array& delta, const Array& dq, const Array& dk, const Array& dv) {
   constexpr int most_pieces = 16;  // of dk and dv each, in registers
   const int parts = std::max(p.depth, p.v_depth) > 8 * most_pieces ? 2 : 1;
-  const Marks query_marks(p.batch * p.q_heads, p.queries, rows), key_marks(p.batch * p.kv_heads, p.keys, rows, parts);
+  const general::Upstream<float> up{Heads(out), Heads(dout), log_sum_exp.as<const float>(), delta.as<float>()};
   dispatch(p, [&]<int D, int N>(std::integral_constant<int, D>, std::integral_constant<int, N>) {
     launch("attention_dq", attention_dq_mma<D, N>, grid(p.batch * p.q_heads * tiles_of(p.queries), 2 * rows + 2 * N, D),
-           p, Heads(dout), log_sum_exp.as<const float>(), delta.as<const float>(), Heads(dq), query_marks.redo());
+           p, up, Heads(dq));
     launch("attention_dkv", attention_dkv_mma<D, N, std::min(D / 8, most_pieces)>,
-           grid(p.batch * p.kv_heads * tiles_of(p.keys) * parts, 2 * rows + 2 * N, D, 2 * N * 4), p, Heads(dout),
-           log_sum_exp.as<const float>(), delta.as<const float>(), Heads(dk), Heads(dv), key_marks.redo());
+           grid(p.batch * p.kv_heads * tiles_of(p.keys) * parts, 2 * rows + 2 * N, D, 2 * N * 4), p, up, Heads(dk),
+           Heads(dv), parts);
   });
-  attention_backward_general(p, dout, log_sum_exp, delta, dq, dk, dv, query_marks.redo(), key_marks.redo());
 }
 
 }  // namespace knock::cuda

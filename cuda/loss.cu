@@ -34,9 +34,11 @@ Targets targets_of(const char* op, const Array& target, int64_t classes, int64_t
   return {target.as<const int64_t>(), target.numel(), classes, ignore_index, finding};
 }
 
-/// What the losses of a batch become: their sum, divided by the number of rows that count if `mean`. One block.
-template <class Out>
-__global__ void __launch_bounds__(team_threads) add_losses(Targets targets, const double* losses, bool mean, Out* out) {
+/// What the losses of a batch become: their sum, divided by the number of rows that count if `mean`, which is written
+/// too where it is wanted. One block.
+template <class Out, class C>
+__global__ void __launch_bounds__(team_threads)
+    add_losses(Targets targets, const double* losses, bool mean, Out* out, C* out_counted) {
   const Team<team_threads> team;
   double sum = 0, counted = 0;
   for (int64_t row = team.lane(); row < targets.rows; row += team_threads) {
@@ -45,11 +47,14 @@ __global__ void __launch_bounds__(team_threads) add_losses(Targets targets, cons
   }
   sum = team.sum(sum);
   counted = team.sum(counted);
-  if (team.lane() == 0) *out = convert<Out>(mean ? sum / counted : sum);
+  if (team.lane() != 0) return;
+  *out = convert<Out>(mean ? sum / counted : sum);
+  if (out_counted) *out_counted = static_cast<C>(counted);
 }
 
-/// What each row's gradient is multiplied with when the losses are averaged. One block.
-__global__ void __launch_bounds__(team_threads) share_of_row(Targets targets, double* out) {
+/// How many rows count. One block.
+template <class C>
+__global__ void __launch_bounds__(team_threads) count_rows(Targets targets, C* out) {
   const Team<team_threads> team;
   double counted = 0;
   for (int64_t row = team.lane(); row < targets.rows; row += team_threads) {
@@ -57,7 +62,7 @@ __global__ void __launch_bounds__(team_threads) share_of_row(Targets targets, do
     counted += targets[row] >= 0;
   }
   counted = team.sum(counted);
-  if (team.lane() == 0) *out = 1 / counted;
+  if (team.lane() == 0) *out = static_cast<C>(counted);
 }
 
 /// Where a row's loss goes: to the output, or among those that are added up.
@@ -77,41 +82,31 @@ struct LossPlace {
 /// Runs `losses(place)`, which writes every row's loss, and reduces them.
 template <class T, class Losses>
 void reduce_losses(const char* name, const Targets& targets, Reduction reduction, const Array& out_loss,
-                   Losses&& losses) {
+                   compute_t<T>* out_counted, Losses&& losses) {
   const auto with = [&]<class Out>(Type<Out>) {
     if (reduction == Reduction::none) return losses(LossPlace<Out>{out_loss.as<Out>(), nullptr});
     const Scratch memory(targets.rows * static_cast<int64_t>(sizeof(double)));
     losses(LossPlace<Out>{nullptr, memory.as<double>()});
-    launch(name, add_losses<Out>, {1, team_threads}, targets, memory.as<const double>(), reduction == Reduction::mean,
-           out_loss.as<Out>());
+    launch(name, add_losses<Out, compute_t<T>>, {1, team_threads}, targets, memory.as<const double>(),
+           reduction == Reduction::mean, out_loss.as<Out>(), out_counted);
   };
   if (out_loss.dtype == dtype_of<T>()) return with(Type<T>{});
   with(Type<compute_t<T>>{});
 }
 
-/// The upstream gradient of a row, times its share of the mean.
-template <class T>
+/// What a row's gradient is multiplied with: its upstream gradient, divided by the rows that count under a mean.
+template <class C>
 struct LossUpstream {
-  const T* dloss;
-  int64_t step;
-  const double* share;  ///< null: 1
+  const void* dloss;
+  DType dtype;
+  Reduction reduction;
+  const C* counted;
 
-  __device__ compute_t<T> operator[](int64_t row) const {
-    const double up = convert<compute_t<T>>(dloss[row * step]);
-    return static_cast<compute_t<T>>(share ? up * *share : up);
+  __device__ C operator[](int64_t row) const {
+    const C up = load_wide<C>(dloss, dtype, reduction == Reduction::none ? row : 0);
+    return reduction == Reduction::mean ? up / *counted : up;
   }
 };
-
-/// Runs `gradients(upstream)`, after the rows that count have been counted where that matters.
-template <class T, class Gradients>
-void with_upstream(const char* name, const Targets& targets, Reduction reduction, const Array& dloss,
-                   Gradients&& gradients) {
-  const bool mean = reduction == Reduction::mean;
-  const Scratch memory(static_cast<int64_t>(sizeof(double)));
-  if (mean) launch(name, share_of_row, {1, team_threads}, targets, memory.as<double>());
-  gradients(LossUpstream<T>{dloss.as<const T>(), reduction == Reduction::none ? 1 : 0,
-                            mean ? memory.as<const double>() : nullptr});
-}
 
 // Cross-entropy
 // --------------------------------------------------------------------------------------------------------------------
@@ -187,7 +182,8 @@ __global__ void __launch_bounds__(team_threads)
 template <class T, int size>
 __global__ void __launch_bounds__(team_threads)
     cross_entropy_backward_rows(const __grid_constant__ Rows<2> rows, Targets targets, double smoothing,
-                                const T* logits, const compute_t<T>* stats, LossUpstream<T> upstream, T* out_dlogits) {
+                                const T* logits, const compute_t<T>* stats, LossUpstream<compute_t<T>> upstream,
+                                T* out_dlogits) {
   using C = compute_t<T>;
   const Team<size> team;
   for (int64_t row = team.index(); row < rows.walk.n; row += team.count()) {
@@ -225,7 +221,7 @@ __global__ void __launch_bounds__(256)
 
 template <class T>
 __global__ void __launch_bounds__(256) nll_backward_elements(const __grid_constant__ Rows<1> rows, Targets targets,
-                                                             LossUpstream<T> upstream, T* out_dlog_probs) {
+                                                             LossUpstream<compute_t<T>> upstream, T* out_dlog_probs) {
   for (int64_t i = thread_in_grid(); i < rows.walk.n * rows.n; i += threads_in_grid()) {
     const int64_t row = i / rows.n, column = i % rows.n;
     int64_t at[1];
@@ -242,12 +238,14 @@ void cross_entropy(const Array& logits, const Array& target, const CrossEntropyO
   const Rows<1> rows({logits}, Rows<1>::Order::row_major);
   const Targets targets = targets_of("cross_entropy", target, rows.n, options.ignore_index);
   dispatch_float(logits.dtype, "cross_entropy", [&]<class T>(Type<T>) {
-    reduce_losses<T>("cross_entropy", targets, options.reduction, out_loss, [&]<class Out>(LossPlace<Out> place) {
+    auto* const stats = out_stats.as<compute_t<T>>();
+    const auto losses = [&]<class Out>(LossPlace<Out> place) {
       with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
         launch("cross_entropy", cross_entropy_rows<T, Out, size>, grid, rows, targets, options.label_smoothing,
-               logits.as<const T>(), place, out_stats.as<compute_t<T>>());
+               logits.as<const T>(), place, stats);
       });
-    });
+    };
+    reduce_losses<T>("cross_entropy", targets, options.reduction, out_loss, stats + 2 * rows.count(), losses);
   });
 }
 
@@ -256,12 +254,12 @@ void cross_entropy_backward(const Array& logits, const Array& target, const Arra
   const Rows<2> rows({out_dlogits, logits}, Rows<2>::Order::row_major);
   const Targets targets = targets_of("cross_entropy", target, rows.n, options.ignore_index);
   dispatch_float(logits.dtype, "cross_entropy", [&]<class T>(Type<T>) {
-    with_upstream<T>("cross_entropy_backward", targets, options.reduction, dloss, [&](LossUpstream<T> upstream) {
-      with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
-        launch("cross_entropy_backward", cross_entropy_backward_rows<T, size>, grid, rows, targets,
-               options.label_smoothing, logits.as<const T>(), stats.as<const compute_t<T>>(), upstream,
-               out_dlogits.as<T>());
-      });
+    using C = compute_t<T>;
+    const C* const kept = stats.as<const C>();
+    const LossUpstream<C> upstream{dloss.data, dloss.dtype, options.reduction, kept + 2 * rows.count()};
+    with_team(rows.count(), rows.n, [&]<int size>(Team<size>, Grid grid) {
+      launch("cross_entropy_backward", cross_entropy_backward_rows<T, size>, grid, rows, targets,
+             options.label_smoothing, logits.as<const T>(), kept, upstream, out_dlogits.as<T>());
     });
   });
 }
@@ -270,7 +268,7 @@ void nll_loss(const Array& log_probs, const Array& target, const NllOptions& opt
   const Rows<1> rows({log_probs}, Rows<1>::Order::row_major);
   const Targets targets = targets_of("nll_loss", target, rows.n, options.ignore_index);
   dispatch_float(log_probs.dtype, "nll_loss", [&]<class T>(Type<T>) {
-    reduce_losses<T>("nll_loss", targets, options.reduction, out_loss, [&]<class Out>(LossPlace<Out> place) {
+    reduce_losses<T>("nll_loss", targets, options.reduction, out_loss, nullptr, [&]<class Out>(LossPlace<Out> place) {
       launch("nll_loss", nll_rows<T, Out>, grid_for(rows.count()), rows, targets, log_probs.as<const T>(), place);
     });
   });
@@ -281,10 +279,13 @@ void nll_loss_backward(const Array& target, const NllOptions& options, const Arr
   const Rows<1> rows({out_dlog_probs}, Rows<1>::Order::row_major);
   const Targets targets = targets_of("nll_loss", target, rows.n, options.ignore_index);
   dispatch_float(out_dlog_probs.dtype, "nll_loss", [&]<class T>(Type<T>) {
-    with_upstream<T>("nll_loss_backward", targets, options.reduction, dloss, [&](LossUpstream<T> upstream) {
-      launch("nll_loss_backward", nll_backward_elements<T>, grid_for(rows.count() * rows.n), rows, targets, upstream,
-             out_dlog_probs.as<T>());
-    });
+    using C = compute_t<T>;
+    const Scratch counted(static_cast<int64_t>(sizeof(C)));
+    if (options.reduction == Reduction::mean)
+      launch("nll_loss_backward", count_rows<C>, {1, team_threads}, targets, counted.as<C>());
+    const LossUpstream<C> upstream{dloss.data, dloss.dtype, options.reduction, counted.as<const C>()};
+    launch("nll_loss_backward", nll_backward_elements<T>, grid_for(rows.count() * rows.n), rows, targets, upstream,
+           out_dlog_probs.as<T>());
   });
 }
 

@@ -6,6 +6,7 @@
 #include <knock/ops/view.hpp>
 
 #include <doctest/doctest.h>
+#include <counters.hpp>
 
 #include <cmath>
 #include <limits>
@@ -47,16 +48,24 @@ Result run(const Problem& p, const Tensor& q, const Tensor& k, const Tensor& v, 
   return {out.detach(), a.grad(), b.grad(), c.grad()};
 }
 
-void check_problem(const Problem& p, const Tensor& v_change = {}) {
+/// What is added to the operands.
+struct Change {
+  Tensor q = {}, k = {}, v = {}, up = {};
+};
+
+void check_problem(const Problem& p, const Change& change = {}) {
   CAPTURE(p.queries);
   CAPTURE(p.keys);
   CAPTURE(p.depth);
   manual_seed(7);
-  const auto made = [](const Shape& shape) { return randn(shape).to(DType::bf16).to(DType::f32); };  // exact in bf16
-  const Tensor q = made({p.batch, p.q_heads, p.queries, p.depth}), k = made({p.batch, p.kv_heads, p.keys, p.depth}),
-               up = made({p.batch, p.q_heads, p.queries, p.v_depth});
-  Tensor v = made({p.batch, p.kv_heads, p.keys, p.v_depth});
-  if (v_change.defined()) v = v + v_change;
+  const auto made = [](const Shape& shape, const Tensor& added) {
+    const Tensor x = randn(shape).to(DType::bf16).to(DType::f32);  // exact in bf16
+    return added.defined() ? x + added : x;
+  };
+  const Tensor q = made({p.batch, p.q_heads, p.queries, p.depth}, change.q),
+               k = made({p.batch, p.kv_heads, p.keys, p.depth}, change.k),
+               up = made({p.batch, p.q_heads, p.queries, p.v_depth}, change.up),
+               v = made({p.batch, p.kv_heads, p.keys, p.v_depth}, change.v);
   const Result expected = run(p, q, k, v, up, "cpu", DType::f32);
   const Result found = run(p, q, k, v, up, "cuda:0", DType::bf16), wide = run(p, q, k, v, up, "cuda:0", DType::f32);
   // weights and outputs are rounded to bf16 (2^-9) once each, gradients of scores once more
@@ -94,8 +103,29 @@ TEST_CASE("attention: windows, documents and masks") {
 }
 
 TEST_CASE("attention: what is hidden has no influence, NaN and infinity included") {
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  Tensor change = zeros({1, 1, 70, 32});
-  change.narrow(2, 60, 1).copy_(full({1, 1, 1, 32}, nan));
-  check_problem({1, 2, 1, 70, 70, 32, 32, {.causal = Causal::top_left}}, change);  // queries below 60 do not see it
+  for (const double odd : {std::numeric_limits<double>::quiet_NaN(), std::numeric_limits<double>::infinity()})
+    for (const int64_t depth : {32, 64, 128, 160}) {  // 160: two blocks share dk and dv
+      const auto row = [&](int64_t heads) {           // 60 of 70
+        const Tensor change = zeros({1, heads, 70, depth});
+        change.narrow(2, 60, 1).narrow(3, depth - 8, 8).fill_(odd);
+        return change;
+      };
+      const Problem p{1, 2, 1, 70, 70, depth, depth, {.causal = Causal::top_left}};
+      check_problem(p, {.v = row(1)});  // queries below 60 do not see it
+      check_problem(p, {.k = row(1)});
+      check_problem(p, {.q = row(2)});  // keys above 60 are not seen by it
+      check_problem(p, {.up = row(2)});
+    }
+}
+
+TEST_CASE("attention: three launches a training step") {
+  const Tensor x = randn({1, 2, 70, 32}).to(DType::bf16).to("cuda:0").requires_grad_();
+  synchronize("cuda:0");
+  cuda_sim::reset_kernel_counters();
+  scaled_dot_product_attention(x, x.detach(), x.detach(), {.causal = Causal::top_left}).backward(x.detach());
+  synchronize("cuda:0");
+  uint64_t launches = 0;
+  for (const auto& [name, counters] : cuda_sim::kernel_counters())
+    if (name.find("attention") != std::string::npos) launches += counters.launches;
+  CHECK(launches == 3);
 }

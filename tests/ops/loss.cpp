@@ -225,6 +225,25 @@ TEST_CASE("linear_cross_entropy: backward twice, and a write between forward and
   loss.backward();
   CHECK(distance(x.grad(), first * 3) < 1e-7);
   CHECK(distance(weight.grad(), first_weight * 3) < 1e-6);
+  const Tensor late = linear_cross_entropy(x, weight, target);
+  weight.detach().add_(1);
+  CHECK(contains(error_of([&] { late.backward(); }), "changed in place after linear_cross_entropy saved it"));
+}
+
+TEST_CASE("linear_cross_entropy: one chunk of logits, kept for backward and never twice") {
+  Tensor x = randn({64, 8}).requires_grad_(), weight = randn({1 << 16, 8}).requires_grad_();  // 16 MiB of logits
+  const Tensor target = randint(0, 1 << 16, {64});
+  const int64_t before = memory::stats().bytes_in_use;
+  const auto mib = [&](int64_t bytes) { return static_cast<double>(bytes - before) / (1 << 20); };
+  memory::reset_peak();
+  const Tensor loss = linear_cross_entropy(x, weight, target);
+  CHECK(mib(memory::stats().bytes_in_use) == doctest::Approx(16).epsilon(0.01));
+  loss.backward();
+  CHECK(mib(memory::stats().peak_bytes) == doctest::Approx(18).epsilon(0.02));  // and the weight's gradient
+  CHECK(mib(memory::stats().bytes_in_use) == doctest::Approx(2).epsilon(0.02));
+  const NoGradGuard no_grad;
+  CHECK(test::same_bits(linear_cross_entropy(x, weight, target), loss.detach()));
+  CHECK(mib(memory::stats().bytes_in_use) == doctest::Approx(2).epsilon(0.02));
 }
 
 TEST_CASE("linear_cross_entropy: the same bits for any number of threads") {

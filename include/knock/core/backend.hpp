@@ -324,11 +324,11 @@ struct Backend {
   void (*layer_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                               const Array& out_dx, const GradientSum& out_dweight,
                               const GradientSum& out_dbias) = nullptr;
-  /// logits (rows, C), target (rows) dense i64; loss (rows) without reduction, one element with, in the logits' dtype
-  /// or the compute type; stats (rows, 2): largest logit and sum of exp(logit - largest), undefined for ignored rows
+  /// logits (rows, C), target (rows) dense i64; loss (rows) or, reduced, one element, in the logits' or the compute type;
+  /// stats (2 rows + 1), for backward: each row's largest logit and sum of exp(logit - largest), and room for a number
   void (*cross_entropy)(const Array& logits, const Array& target, const CrossEntropyOptions& options,
                         const Array& out_loss, const Array& out_stats) = nullptr;
-  /// dlogits may be the logits themselves
+  /// dlogits may be the logits themselves; dloss has a dtype that the loss may have
   void (*cross_entropy_backward)(const Array& logits, const Array& target, const Array& stats,
                                  const CrossEntropyOptions& options, const Array& dloss,
                                  const Array& out_dlogits) = nullptr;

@@ -85,15 +85,18 @@ template <class T>
 class LossUpstream {
  public:
   LossUpstream(const Array& dloss, Reduction reduction, int64_t counted)
-      : dloss_(dloss.as<T>()),
+      : dloss_(dloss),
         step_(reduction == Reduction::none ? 1 : 0),
         scale_(reduction == Reduction::mean ? 1 / static_cast<double>(counted) : 1.0) {}
   compute_t<T> operator[](int64_t row) const {
-    return static_cast<compute_t<T>>(static_cast<double>(static_cast<compute_t<T>>(dloss_[row * step_])) * scale_);
+    const bool narrow = dloss_.dtype == dtype_of<T>();
+    const auto dloss =
+        narrow ? static_cast<compute_t<T>>(dloss_.as<T>()[row * step_]) : dloss_.as<compute_t<T>>()[row * step_];
+    return static_cast<compute_t<T>>(static_cast<double>(dloss) * scale_);
   }
 
  private:
-  const T* dloss_;
+  const Array& dloss_;
   int64_t step_;
   double scale_;
 };

@@ -13,9 +13,10 @@
 //
 //   linear_cross_entropy   l = cross_entropy(x W^T, t)       dx = dl W        dW = dl^T x,  dl: the logits' gradient
 //
-// walks over the rows in chunks and never holds more than one chunk of logits. While a gradient is recorded it goes on
-// from each chunk's loss to dl, in the same memory, and on to dx and dW; backward only multiplies these by the upstream
-// gradient, a number. As in Liger kernels (arXiv 2410.10989, section 3.3) and PyTorch's function of that name.
+// walks over the rows in chunks and never holds more than one chunk of logits. Where one chunk holds all rows, its
+// logits are kept for backward, which makes dl in their memory. With more of them forward goes on from each chunk's
+// loss to dl, in the same memory, and on to dx and dW; backward only multiplies these by the upstream gradient, a
+// number. As in Liger kernels (arXiv 2410.10989, section 3.3) and PyTorch's function of that name.
 
 #include <knock/core/tensor.hpp>
 
@@ -75,6 +76,7 @@ Tensor nll_loss(const Tensor& log_probs, const Tensor& target, NllOptions option
 #include <knock/ops/view.hpp>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace knock {
@@ -102,6 +104,11 @@ KNOCK_FUNC void check_smoothing(const char* op, const CrossEntropyOptions& optio
 
 KNOCK_FUNC Tensor loss_room(const Tensor& logits, const Tensor& target, Reduction reduction) {
   return empty(reduction == Reduction::none ? target.shape() : Shape{}, {logits.dtype(), logits.device()});
+}
+
+/// What the kernels keep for backward (core/backend.hpp).
+KNOCK_FUNC Tensor stats_room(const Tensor& logits, int64_t rows) {
+  return empty({2 * rows + 1}, {compute_dtype(logits.dtype()), logits.device()});
 }
 
 KNOCK_FUNC Tensor reduce_loss(const Tensor& loss, Reduction reduction) {
@@ -132,9 +139,7 @@ KNOCK_FUNC Tensor cross_entropy(const Tensor& logits, const Tensor& target, Cros
   const Tensor index = detail::class_targets("cross_entropy", logits, target);
   const int64_t axis = detail::class_axis(logits);
   const Tensor loss = detail::loss_room(logits, target, options.reduction);
-  Shape rows = index.shape();
-  rows.push_back(2);
-  const Tensor stats = empty(rows, {compute_dtype(logits.dtype()), logits.device()});
+  const Tensor stats = detail::stats_room(logits, index.numel());
   kernel(&Backend::cross_entropy, "cross_entropy", logits)(logits.array().axis_last(axis), index.array(), options,
                                                            loss.array(), stats.array());
   const auto backward = [logits = autograd::Saved(logits), index = autograd::Saved(index), stats, options,
@@ -172,17 +177,12 @@ KNOCK_FUNC void check_linear_cross_entropy(const Tensor& x, const Tensor& weight
   check_same_device(op, {x, weight, target});
 }
 
-/// How many targets (in the host's memory) are not ignored; an error for the first that is no class.
-KNOCK_FUNC int64_t count_targets(const char* op, const Tensor& index, int64_t classes, int64_t ignore_index) {
+/// An error for the first target (in the host's memory) that is no class.
+KNOCK_FUNC void check_targets(const char* op, const Tensor& index, int64_t classes, int64_t ignore_index) {
   const auto* targets = index.data<int64_t>();
-  int64_t counted = 0;
-  for (int64_t i = 0; i < index.numel(); ++i) {
-    if (targets[i] == ignore_index) continue;
-    check(targets[i] >= 0 && targets[i] < classes, op, "target ", targets[i], " at position ", i, " is neither in [0, ",
-          classes, ") nor ignore_index ", ignore_index);
-    ++counted;
-  }
-  return counted;
+  for (int64_t i = 0; i < index.numel(); ++i)
+    check((targets[i] >= 0 && targets[i] < classes) || targets[i] == ignore_index, op, "target ", targets[i],
+          " at position ", i, " is neither in [0, ", classes, ") nor ignore_index ", ignore_index);
 }
 
 /// Rows of a chunk of logits: equal parts of about 32 MiB, or 3 GiB on an accelerator, whose caches hold neither. Each
@@ -197,54 +197,97 @@ KNOCK_FUNC int64_t logit_chunk(int64_t rows, const Tensor& weight, DType dtype) 
   return each > 64 ? std::min((each + 63) / 64 * 64, rows) : each;  // whole tiles of products
 }
 
+/// x (..., C) as (R, C).
+KNOCK_FUNC Tensor rows_of_loss(const Tensor& x, const Tensor& target) {
+  return x.detach().reshape({target.numel(), x.shape().back()});
+}
+
+/// target as (R), dense i64.
+KNOCK_FUNC Tensor index_of_loss(const Tensor& target) { return target.reshape({-1}).to(DType::i64).contiguous(); }
+
+/// The logits of rows (n, C), written to y (n, V) or (..., V).
+KNOCK_FUNC void make_logits(const Tensor& rows, const Tensor& weight, const Tensor& y) {
+  kernel(&Backend::gemm, "linear_cross_entropy", rows)(1, rows.array(), weight_columns(rows, weight), 0, {},
+                                                       rows_of(y));
+}
+
+/// The loss of all logits at a time, in the weight's dtype; backward makes the logits' gradient in their memory.
+KNOCK_FUNC Tensor loss_of_kept_logits(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                      const CrossEntropyOptions& options) {
+  constexpr const char* op = "linear_cross_entropy";
+  const bool each = options.reduction == Reduction::none;
+  const auto logits_of = [](const Tensor& rows, const Tensor& w, const Tensor& t) {
+    Shape shape = t.rank() > 0 ? t.shape() : Shape{1};
+    shape.push_back(w.size(0));
+    const Tensor y = empty(shape, {rows.dtype(), rows.device()});  // (..., V)
+    make_logits(rows, w, y);
+    return y;
+  };
+  const Tensor index = index_of_loss(target), logits = logits_of(rows_of_loss(x, target), weight, target);
+  const Tensor stats = stats_room(x, target.numel()),
+               loss = empty(each ? target.shape() : Shape{}, {weight.dtype(), x.device()});
+  kernel(&Backend::cross_entropy, op, x)(rows_of(logits), index.array(), options, loss.array(), stats.array());
+  const auto backward = [sx = autograd::Saved(x), sw = autograd::Saved(weight), st = autograd::Saved(target),
+                         kept = logits, stats, options, logits_of](const autograd::Upstream& up) mutable -> Tensors {
+    const Tensor in = sx.get(up), w = sw.get(up), t = st.get(up);
+    if (autograd::is_recording())
+      return autograd::twin_gradients(
+          up, {in, w}, [&](const Tensors& i) { return composite::linear_cross_entropy(i[0], i[1], t, options); });
+    const Tensor rows_in = rows_of_loss(in, t), dloss = up.dy().contiguous();
+    const Tensor dlogits =
+        kept.defined() ? std::exchange(kept, Tensor()) : logits_of(rows_in, w, t);  // not the first time
+    kernel(&Backend::cross_entropy_backward, op, in)(rows_of(dlogits), index_of_loss(t).array(), stats.array(), options,
+                                                     dloss.array(), rows_of(dlogits));
+    Tensors gradients(2);
+    if (up.needs(0)) gradients[0] = add_product(up.take_grad(0), dlogits, w, in.dtype());
+    if (in.rank() == 1 && up.needs(0)) gradients[0] = gradients[0].reshape(in.shape());
+    if (up.needs(1)) gradients[1] = weight_gradient(up, 1, dlogits, rows_in, w.dtype());
+    return gradients;
+  };
+  return autograd::record(op, loss, {x, weight}, backward);
+}
+
 struct LinearLoss {
   Tensor loss;    ///< () or (R), in the compute dtype
   Tensor dx, dw;  ///< gradients of the loss where wanted, in the dtypes of x and weight
-  Tensor share;   ///< where defined, what the gradients are still to be multiplied with
 };
 
-/// The loss of x (R, C) W^T and, where asked for, its gradients. Sums over chunks are made in order.
-KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const Tensor& index,
-                                  const CrossEntropyOptions& options, bool needs_dx, bool needs_dw) {
+/// The loss of x (R, C) W^T, `chunk` rows at a time, and, where asked for, its gradients. Sums over chunks are made in
+/// order.
+KNOCK_FUNC LinearLoss loss_in_chunks(const Tensor& x, const Tensor& weight, const Tensor& index, int64_t chunk,
+                                     const CrossEntropyOptions& options, bool needs_dx, bool needs_dw) {
   constexpr const char* op = "linear_cross_entropy";
   const NoGradGuard no_grad;
-  const int64_t rows = x.size(0), classes = weight.size(0), chunk = logit_chunk(rows, weight, x.dtype());
+  const int64_t rows = x.size(0);
   const bool each = options.reduction == Reduction::none, mean = options.reduction == Reduction::mean;
-  const bool here = x.device().kind == DeviceKind::cpu;  // elsewhere the kernels check, and no number is waited for
-  const int64_t counted = here ? count_targets(op, index, classes, options.ignore_index) : 0;
-  const double share = here && mean ? 1 / static_cast<double>(std::max<int64_t>(counted, 1)) : 1;
   CrossEntropyOptions own = options;  // of one chunk
   own.reduction = each ? Reduction::none : Reduction::sum;
 
   const TensorOptions narrow{x.dtype(), x.device()}, wide{compute_dtype(x.dtype()), x.device()};
-  const Tensor losses = empty({each || rows == 0 ? rows : (rows + chunk - 1) / chunk}, wide);
-  const Tensor logits = empty({chunk, classes}, narrow), stats = empty({chunk, 2}, wide), one = ones({}, narrow);
+  const Tensor losses = empty({each ? rows : (rows + chunk - 1) / chunk}, wide);
+  const Tensor logits = empty({chunk, weight.size(0)}, narrow), stats = stats_room(x, chunk);
+  const Tensor counted = mean ? sum(ne(index, options.ignore_index).to(wide.dtype)) : ones({}, wide);
+  const Tensor dloss = reciprocal(clamp_min(counted, 1));
   LinearLoss out;
   if (needs_dx) out.dx = empty({rows, x.size(1)}, narrow);
-  if (needs_dw) out.dw = rows > 0 ? empty(weight.shape(), wide) : zeros(weight.shape(), wide);
+  if (needs_dw) out.dw = empty(weight.shape(), wide);
 
   const auto gemm = kernel(&Backend::gemm, op, x);
-  const Array w = array_beside(x, weight);  // (V, C)
   for (int64_t begin = 0; begin < rows; begin += chunk) {
     const int64_t count = std::min(chunk, rows - begin);
     const Tensor in = x.narrow(0, begin, count), at = index.narrow(0, begin, count);  // (n, C), (n)
     const Tensor y = logits.narrow(0, 0, count);                                      // (n, V)
-    gemm(1, in.array(), transposed(w), 0, {}, y.array());
-    kernel(&Backend::cross_entropy, op, x)(y.array(), at.array(), own,
-                                           (each ? losses.narrow(0, begin, count) : losses[begin / chunk]).array(),
-                                           stats.array());
+    const Tensor loss = each ? losses.narrow(0, begin, count) : losses[begin / chunk];
+    make_logits(in, weight, y);
+    kernel(&Backend::cross_entropy, op, x)(y.array(), at.array(), own, loss.array(), stats.array());
     if (!needs_dx && !needs_dw) continue;
-    kernel(&Backend::cross_entropy_backward, op, x)(y.array(), at.array(), stats.array(), own, one.array(), y.array());
-    if (needs_dx) gemm(share, y.array(), w, 0, {}, out.dx.narrow(0, begin, count).array());
-    if (needs_dw) gemm(share, y.t().array(), in.array(), begin > 0 ? 1 : 0, out.dw.array(), out.dw.array());
+    kernel(&Backend::cross_entropy_backward, op, x)(y.array(), at.array(), stats.array(), own, dloss.array(),
+                                                    y.array());
+    if (needs_dx) gemm(1, y.array(), array_beside(x, weight), 0, {}, out.dx.narrow(0, begin, count).array());
+    if (needs_dw) gemm(1, y.t().array(), in.array(), begin > 0 ? 1 : 0, out.dw.array(), out.dw.array());
   }
   out.loss = each ? losses : sum(losses);
-  if (mean && here) out.loss = out.loss / static_cast<double>(counted);
-  if (mean && !here) {
-    const Tensor counts = sum(ne(index, options.ignore_index).to(wide.dtype));
-    out.loss = out.loss / counts;
-    out.share = reciprocal(clamp_min(counts, 1));
-  }
+  if (mean) out.loss = out.loss / counted;
   if (needs_dw) out.dw = out.dw.to(weight.dtype());  // a bf16 weight's gradient is rounded once
   return out;
 }
@@ -254,26 +297,27 @@ KNOCK_FUNC LinearLoss linear_loss(const Tensor& x, const Tensor& weight, const T
 KNOCK_FUNC Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& target,
                                        CrossEntropyOptions options) {
   detail::check_linear_cross_entropy(x, weight, target, options);
+  const Tensor rows = detail::rows_of_loss(x, target), index = detail::index_of_loss(target);
+  if (x.device().kind == DeviceKind::cpu)  // elsewhere the kernels check, and nothing waits
+    detail::check_targets("linear_cross_entropy", index, weight.size(0), options.ignore_index);
   const bool recording = autograd::is_recording(), needs_dx = recording && x.requires_grad(),
-             needs_dw = recording && weight.requires_grad();
-  if (options.reduction == Reduction::none && (needs_dx || needs_dw)) {  // each row has an upstream gradient of its own
-    const Tensor logits = linear(x, weight).to(weight.dtype());
-    return cross_entropy(logits.reshape({target.numel(), weight.size(0)}), target.reshape({-1}), options)
-        .reshape(target.shape());
-  }
-  const Tensor rows = x.detach().reshape({target.numel(), x.shape().back()});
-  const Tensor index = target.reshape({-1}).to(DType::i64).contiguous();
-  const detail::LinearLoss made = detail::linear_loss(rows, weight.detach(), index, options, needs_dx, needs_dw);
+             needs_dw = recording && weight.requires_grad(), each = options.reduction == Reduction::none;
+  const int64_t chunk = detail::logit_chunk(rows.size(0), weight, x.dtype());
+  const bool must_keep = each && (needs_dx || needs_dw);  // each row has an upstream gradient of its own
+  if (rows.size(0) <= chunk || must_keep) return detail::loss_of_kept_logits(x, weight, target, options);
+
+  const detail::LinearLoss made =
+      detail::loss_in_chunks(rows, weight.detach(), index, chunk, options, needs_dx, needs_dw);
   const Tensor loss = made.loss.to(weight.dtype());
-  if (options.reduction == Reduction::none) return loss.reshape(target.shape());
+  if (each) return loss.reshape(target.shape());
   const auto backward = [x = autograd::Saved(x), weight = autograd::Saved(weight), target = autograd::Saved(target),
-                         dx = made.dx, dw = made.dw, share = made.share, shape = x.shape(),
+                         dx = made.dx, dw = made.dw, shape = x.shape(),
                          options](const autograd::Upstream& up) -> Tensors {
     if (autograd::is_recording())
       return autograd::twin_gradients(up, {x.get(up), weight.get(up)}, [&](const Tensors& in) {
         return composite::linear_cross_entropy(in[0], in[1], target.get(up), options);
       });
-    const Tensor dy = share.defined() ? up.dy().to(share.dtype()) * share : up.dy();
+    const Tensor dy = up.dy();
     const bool is_one = dy.device().kind == DeviceKind::cpu && dy.item() == 1;  // reading it from a GPU would wait
     const auto scaled = [&](const Tensor& g) { return is_one ? g : (g * dy).to(g.dtype()); };
     Tensors gradients(2);

@@ -1,0 +1,94 @@
+// The output head's loss on CUDA: one chunk of logits, kept for backward, in few launches; beside the CPU's.
+
+#include <knock/autograd/engine.hpp>
+#include <knock/ops/loss.hpp>
+#include <knock/ops/matmul.hpp>
+#include <knock/ops/random.hpp>
+#include <knock/ops/view.hpp>
+
+#include <doctest/doctest.h>
+#include <counters.hpp>
+#include <support/compare.hpp>
+
+#include <functional>
+
+using namespace knock;
+
+namespace {
+
+struct Head {
+  Tensor x, weight, target;  // (2, 13, 16), (40, 16), (2, 13)
+
+  Head(Device device, DType dtype, const Tensor& targets) : target(targets.to(device)) {
+    manual_seed(3);
+    Shape shape = targets.shape();
+    shape.push_back(16);
+    x = randn(shape).to(DType::bf16).to(dtype).to(device).requires_grad_();
+    weight = randn({40, 16}).to(DType::bf16).to(DType::f32).to(device).requires_grad_();
+  }
+  Tensor loss(const CrossEntropyOptions& options = {}) const {
+    return linear_cross_entropy(x, weight, target, options);
+  }
+  /// Loss and gradients, on the CPU, of upstream gradients that differ.
+  Tensors run(const CrossEntropyOptions& options) const {
+    const Tensor made = loss(options);
+    made.backward((arange(made.numel()).to(DType::f32) + 1).reshape(made.shape()).to(made.device()));
+    return {made.detach().to("cpu"), x.grad().to("cpu"), weight.grad().to("cpu")};
+  }
+};
+
+struct Launches {
+  uint64_t products = 0, others = 0;
+};
+Launches launches(const std::function<void()>& body) {
+  synchronize("cuda:0");
+  cuda_sim::reset_kernel_counters();
+  body();
+  synchronize("cuda:0");
+  Launches out;
+  for (const auto& [name, counters] : cuda_sim::kernel_counters())
+    if (!name.starts_with("copy")) (name.starts_with("cublasLt") ? out.products : out.others) += counters.launches;
+  return out;
+}
+
+Tensor some_ignored() {
+  manual_seed(4);
+  Tensor targets = randint(0, 40, {2, 13});
+  targets.narrow(1, 3, 4).fill_(-100);
+  return targets;
+}
+
+}  // namespace
+
+TEST_CASE("loss on cuda: the head is three products and four kernels, adding to gradients or not") {
+  const Head head("cuda:0", DType::bf16, some_ignored());
+  head.loss();  // rounds the weight
+  for (int pass = 0; pass < 2; ++pass) {
+    const Launches forward = launches([&] { head.loss(); });
+    CHECK(forward.products == 1);
+    CHECK(forward.others == 2);  // the rows' losses, and their mean
+    const Launches all = launches([&] { head.loss().backward(); });
+    CHECK(all.products == 3);
+    CHECK(all.others == 4);  // and the gradient of 1 that backward starts with, and the logits' gradient
+  }
+}
+
+TEST_CASE("loss on cuda: values and gradients of every kind, the same bits twice") {
+  const Tensor none_counts = full({2, 13}, -100, {DType::i64}), one = full({1, 1}, 7, {DType::i64});
+  for (const Tensor& targets : {some_ignored(), none_counts, one})
+    for (const Reduction reduction : {Reduction::mean, Reduction::sum, Reduction::none})
+      for (const double smoothing : {0.0, 0.2}) {
+        CAPTURE(targets.numel());
+        CAPTURE(static_cast<int>(reduction));
+        const CrossEntropyOptions options{.label_smoothing = smoothing, .reduction = reduction};
+        const Tensors expected = Head("cpu", DType::f32, targets).run(options),
+                      found = Head("cuda:0", DType::f32, targets).run(options),
+                      narrow = Head("cuda:0", DType::bf16, targets).run(options),
+                      again = Head("cuda:0", DType::bf16, targets).run(options);
+        for (std::size_t i = 0; i < 3; ++i) {
+          CHECK(test::distance(found[i], expected[i]) < 1e-5);
+          CHECK(test::distance(narrow[i].to(DType::f32), expected[i]) < 3e-2);
+          CHECK(test::same_bits(narrow[i], again[i]));
+        }
+      }
+}
