@@ -324,8 +324,9 @@ struct Backend {
   void (*layer_norm_backward)(const Array& x, const Array& weight, const Array& stats, const Array& dy,
                               const Array& out_dx, const GradientSum& out_dweight,
                               const GradientSum& out_dbias) = nullptr;
-  /// logits (rows, C), target (rows) dense i64; loss (rows) or, reduced, one element, in the logits' or the compute type;
-  /// stats (2 rows + 1), for backward: each row's largest logit and sum of exp(logit - largest), and room for a number
+  /// logits (rows, C), target (rows) dense i64; loss (rows) or, reduced, one element, in the logits' or the compute
+  /// type; stats (2 rows + 1), for backward: each row's largest logit and sum of exp(logit - largest), and room for a
+  /// number
   void (*cross_entropy)(const Array& logits, const Array& target, const CrossEntropyOptions& options,
                         const Array& out_loss, const Array& out_stats) = nullptr;
   /// dlogits may be the logits themselves; dloss has a dtype that the loss may have
