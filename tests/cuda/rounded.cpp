@@ -36,14 +36,15 @@ int64_t roundings(Run&& run) {
   return count;
 }
 
-/// Whether a product is given an f32 operand beside a bf16 one, which it would round itself.
+/// Whether a product is given an f32 operand beside a bf16 one, which it would round itself; gemm_wide does not.
 bool rounds_operand(const trace::Event& event) {
   const auto narrow = event.shapes.find(" bf16"), wide = event.shapes.find(" f32");
   if (narrow == std::string::npos || wide == std::string::npos) return false;
   if (event.kernel.starts_with("moe_")) return event.kernel == "moe_forward";  // backward's gradients are f32
   const auto second = event.shapes.find(" (");                                 // the operands come first
   const auto third = event.shapes.find(" (", second + 1);
-  const bool reads_weight = event.kernel.starts_with("gemm") || event.kernel.starts_with("knock_norm_rope");
+  const bool reads_weight = (event.kernel.starts_with("gemm") && event.kernel != "gemm_wide") ||
+                            event.kernel.starts_with("knock_norm_rope") || event.kernel.starts_with("mlp_knock");
   return reads_weight && std::min(narrow, wide) < second && std::max(narrow, wide) < third;
 }
 
