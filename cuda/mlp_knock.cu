@@ -350,6 +350,18 @@ void matrix_gradients(const Heads& p, const Array& dy, const MlpKnockGradients& 
 
 }  // namespace
 
+bool fits_mlp_knock(const Array& x, const MlpKnock& knock) {
+  const int64_t depth = x.shape.back();
+  if (depth == 0 || depth % 16 != 0 || depth > 128) return false;
+  for (const Array* array : {&x, &knock.gate, &knock.up, &knock.down})
+    if (array->dtype != DType::bf16 || reinterpret_cast<uintptr_t>(array->data) % 16 != 0) return false;
+  int most = 0;
+  dispatch_depth<128>(depth, [&]<int D>(std::integral_constant<int, D>) {
+    most = std::max<int>(Matrices<D, 2>::bytes, Slices<D>::bytes);
+  });
+  return most <= properties(current_device()).shared_bytes_per_block;
+}
+
 void mlp_knock(const Array& x, const MlpKnock& knock, const Array& out_y) {
   const Heads p(x, knock);
   dispatch_depth<128>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {

@@ -40,7 +40,7 @@ cudaDeviceProp properties_of(int device) {
   of.totalGlobalMem = memory_use(device).capacity;
   of.totalConstMem = 64 << 10;
   of.sharedMemPerBlock = default_shared_bytes;
-  of.sharedMemPerBlockOptin = most_shared_bytes;
+  of.sharedMemPerBlockOptin = most_shared_bytes();
   of.sharedMemPerMultiprocessor = shared_bytes_of_processor;
   of.reservedSharedMemPerBlock = 1024;
   of.regsPerBlock = of.regsPerMultiprocessor = registers;
@@ -143,6 +143,11 @@ bool attribute_of(const cudaDeviceProp& of, cudaDeviceAttr attribute, int& value
 }
 
 }  // namespace
+
+std::size_t most_shared_bytes() {
+  const char* kibibytes = std::getenv("KNOCK_CUDA_SIM_SHARED");
+  return kibibytes == nullptr ? std::size_t{163} << 10 : std::strtoull(kibibytes, nullptr, 10) << 10;
+}
 
 int device_count() {
   const char* value = std::getenv("KNOCK_CUDA_SIM_DEVICES");

@@ -105,7 +105,7 @@ cudaError_t launch(const void* host_function, const Configuration& configuration
 }
 
 cudaError_t set_shared_limit(Kernel& kernel, int bytes) {
-  const auto most = most_shared_bytes - kernel.function->static_shared_bytes;
+  const auto most = most_shared_bytes() - kernel.function->static_shared_bytes;
   if (bytes < 0 || static_cast<std::size_t>(bytes) > most) {
     return refuse(cudaErrorInvalidValue, kernel.shown + ": " + std::to_string(bytes) +
                                              " bytes of dynamic shared memory, a " +

@@ -4,6 +4,7 @@
 // The environment, each read when it matters:
 //   KNOCK_CUDA_SIM_DEVICES=n    that many devices (1); 0 is a machine without one
 //   KNOCK_CUDA_SIM_PROCESSORS=n,m  multiprocessors of the devices (108)
+//   KNOCK_CUDA_SIM_SHARED=n     KiB of shared memory that a block may ask for (163)
 //   KNOCK_CUDA_SIM_MEMORY=n     MiB of memory of each device (4096)
 //   KNOCK_CUDA_SIM_EAGER=1      streams run at once, not when somebody waits
 //   KNOCK_CUDA_SIM_LEAKS=1      what was never freed or destroyed is reported at exit
@@ -57,8 +58,9 @@ cudaError_t refuse(cudaError_t error, const std::string& finding);
 // ---- devices: devices.cpp ----
 
 constexpr int max_devices = 8;
-constexpr std::size_t default_shared_bytes = 48 << 10, most_shared_bytes = 163 << 10,
-                      shared_bytes_of_processor = 164 << 10;
+constexpr std::size_t default_shared_bytes = 48 << 10, shared_bytes_of_processor = 164 << 10;
+/// What a block may ask for.
+std::size_t most_shared_bytes();
 int device_count();
 int current_device();
 

@@ -313,11 +313,12 @@ struct Backend {
                                    const Array& positions, const Array& product, const Array& stats, const Array& dy,
                                    const Array& out_dproduct, const Array& out_dx,
                                    const GradientSum& out_dweight) = nullptr;
-  /// bf16 heads of a multiple of 16 features up to 128, dense, at addresses that are multiples of 16 bytes, as those of
-  /// the bf16 matrices. x, y and dy (..., D). Only accelerators have the two.
+  /// x, y and dy (..., D), dense. Only accelerators have the three.
   void (*mlp_knock)(const Array& x, const MlpKnock& knock, const Array& out_y) = nullptr;
   void (*mlp_knock_backward)(const Array& x, const MlpKnock& knock, const Array& dy,
                              const MlpKnockGradients& out) = nullptr;
+  /// Whether these two take x and the matrices, gradients at addresses of whole 16 bytes besides.
+  bool (*fits_mlp_knock)(const Array& x, const MlpKnock& knock) = nullptr;
   /// stats (rows, 2): mean, 1 / sqrt(variance + eps)
   void (*layer_norm)(const Array& x, const Array& weight, const Array& bias, double eps, const Array& out_y,
                      const Array& out_stats) = nullptr;
@@ -387,7 +388,7 @@ struct Backend {
   X(nll_loss_backward) X(gated) X(gated_backward) X(dropout) X(adamw) X(sgd) X(sum_squares) X(scale) X(moe_sort) \
   X(router) X(router_backward) X(moe_forward) X(moe_backward) X(gemm_many) X(gemm_wide) X(gemm_activation) \
   X(paged_attention) X(knock_norm_rope) X(knock_norm_rope_backward) X(router_bias)
-#define KNOCK_KERNELS(X) KNOCK_CPU_KERNELS(X) X(mlp_knock) X(mlp_knock_backward)
+#define KNOCK_KERNELS(X) KNOCK_CPU_KERNELS(X) X(mlp_knock) X(mlp_knock_backward) X(fits_mlp_knock)
 // clang-format on
 #define KNOCK_COUNT(name) +1
 static_assert(sizeof(Backend) == (0 KNOCK_KERNELS(KNOCK_COUNT)) * sizeof(void (*)()),

@@ -33,7 +33,6 @@ Tensor mlp_knock(const Tensor& x, const Tensor& gate, const Tensor& up, const Te
 #include <knock/ops/moe.hpp>
 #include <knock/ops/norm.hpp>
 
-#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -52,28 +51,21 @@ KNOCK_FUNC void check_mlp_knock(const Tensor& x, const Tensors& matrices) {
   }
 }
 
-KNOCK_FUNC bool in_whole_pieces(const Array& array) { return reinterpret_cast<uintptr_t>(array.data) % 16 == 0; }
-
 /// The matrices as the kernel reads them beside dense x, if the device has one for them.
 KNOCK_FUNC std::optional<MlpKnock> mlp_knock_of(const Tensor& x, const Tensors& matrices) {
-  const int64_t depth = x.shape().back();
-  const bool fits =
-      x.dtype() == DType::bf16 && depth > 0 && depth % 16 == 0 && depth <= 128 && in_whole_pieces(x.array());
-  if (!fits || !backend(x.device()).mlp_knock) return std::nullopt;
-  std::array<Array, 3> read;
-  for (std::size_t i = 0; i < 3; ++i) {
-    if (!matrices[i].is_contiguous() || matrices[i].dtype() != matrices[0].dtype()) return std::nullopt;
-    read[i] = array_beside(x, matrices[i]);
-    if (!in_whole_pieces(read[i])) return std::nullopt;
-  }
-  return MlpKnock{read[0], read[1], read[2]};
+  const auto fits = backend(x.device()).fits_mlp_knock;
+  if (!fits) return std::nullopt;
+  for (const Tensor& matrix : matrices)
+    if (!matrix.is_contiguous() || matrix.dtype() != matrices[0].dtype()) return std::nullopt;
+  const MlpKnock read{array_beside(x, matrices[0]), array_beside(x, matrices[1]), array_beside(x, matrices[2])};
+  return fits(x.array(), read) ? std::optional(read) : std::nullopt;
 }
 
 /// Gradients of x and the matrices; `needs`: which are wanted.
 KNOCK_FUNC Tensors mlp_knock_gradients(const autograd::Upstream& up, const Tensor& x, const Tensors& matrices) {
   const Tensor dense = x.contiguous();
   Tensor dy = up.dy().contiguous();
-  if (!in_whole_pieces(dy.array())) dy = dy.clone();
+  if (reinterpret_cast<uintptr_t>(dy.array().data) % 16 != 0) dy = dy.clone();
   Tensors gradients{room_for(up.needs(0), x, x.shape(), x.dtype())};
   MlpKnockGradients out{.x = array_or_none(gradients[0]), .gate = {}, .up = {}, .down = {}};
   if (up.needs(1) || up.needs(2) || up.needs(3)) {
