@@ -11,6 +11,7 @@
 #include <support/compare.hpp>
 
 using namespace knock;
+using cuda_sim::launches;
 
 namespace {
 
@@ -39,13 +40,6 @@ Tensors run(const Problem& p, const Tensors& in, const Tensor& positions, Device
   if (weight.defined()) out.push_back(weight.grad());
   for (Tensor& each : out) each = each.to("cpu").to(DType::f64);
   return out;
-}
-
-uint64_t launches(const std::string& part) {
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
 }
 
 /// One kernel of the family each way, the angles', the one that adds up the weight's gradient, and none besides.

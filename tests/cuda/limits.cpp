@@ -28,6 +28,7 @@
 #include <support/tiny_lm.hpp>
 
 using namespace knock;
+using cuda_sim::launches;
 
 namespace {
 
@@ -42,14 +43,6 @@ struct Limits {
 };
 
 double ratio(uint64_t a, uint64_t b) { return b == 0 ? 0 : static_cast<double>(a) / static_cast<double>(b); }
-
-/// Launches since the counters were reset, of kernels with `part` in their names.
-uint64_t launches(const std::string& part = "") {
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
-}
 
 /// Runs and compares what was counted of the kernels with their limits.
 template <class Run>

@@ -11,6 +11,7 @@
 #include <support/compare.hpp>
 
 using namespace knock;
+using cuda_sim::launches;
 
 namespace {
 
@@ -29,13 +30,6 @@ Tensors run(const Tensors& in, Device device, DType dtype, DType of_matrices, in
   for (const Tensor& leaf : leaves) out.push_back(leaf.grad());
   for (Tensor& each : out) each = each.to("cpu").to(DType::f64);
   return out;
-}
-
-uint64_t launches(const std::string& part = "") {
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
 }
 
 Tensor exact(const Tensor& x) { return x.to(DType::bf16).to(DType::f64); }

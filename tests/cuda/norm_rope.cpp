@@ -12,6 +12,7 @@
 #include <support/compare.hpp>
 
 using namespace knock;
+using cuda_sim::launches;
 
 namespace {
 
@@ -61,13 +62,6 @@ Tensors run(const Problem& p, const Operands& in, Device device, DType dtype, DT
   out.insert(out.end(), gradients.begin(), gradients.end());
   for (Tensor& each : out) each = each.detach().to("cpu").to(DType::f64);
   return out;
-}
-
-uint64_t launches(const std::string& part = "") {
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
 }
 
 void check_problem(const Problem& p) {

@@ -14,6 +14,7 @@
 #include <string>
 
 using namespace knock;
+using cuda_sim::launches;
 
 namespace {
 
@@ -44,13 +45,6 @@ void check_both(const Op& op, const std::vector<Shape>& shapes) {
     CAPTURE(i);
     CHECK(test::distance(found[i], expected[i]) < 0x1p-5);
   }
-}
-
-uint64_t launches(const std::string& part) {
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
 }
 
 }  // namespace

@@ -42,6 +42,13 @@ void print_row(const std::string& name, const Counters& of) {
 const std::map<std::string, Counters>& kernel_counters() { return table(); }
 void reset_kernel_counters() { table().clear(); }
 
+uint64_t launches(const std::string& part) {
+  uint64_t sum = 0;
+  for (const auto& [name, counters] : table())
+    if (name.find(part) != std::string::npos) sum += counters.launches;
+  return sum;
+}
+
 Counters& Counters::operator+=(const Counters& other) {
   for (const auto member :
        {&Counters::launches, &Counters::warp_instructions, &Counters::lane_instructions, &Counters::global_requests,

@@ -13,6 +13,8 @@ namespace cuda_sim {
 /// ("cublasLt f32 128x64x32", m, n, k), "copy to device", "copy to host", "copy on device", "fill" and "graph launch".
 const std::map<std::string, Counters>& kernel_counters();
 void reset_kernel_counters();
+/// Launches since then of what has `part` in its name.
+uint64_t launches(const std::string& part = "");
 
 /// For those who count: adds what one piece of work did.
 void note_work(const std::string& name, const Counters& did);
