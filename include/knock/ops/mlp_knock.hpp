@@ -61,7 +61,7 @@ KNOCK_FUNC std::optional<MlpKnock> mlp_knock_of(const Tensor& x, const Tensors& 
   return fits(x.array(), read) ? std::optional(read) : std::nullopt;
 }
 
-/// Gradients of x and the matrices; `needs`: which are wanted.
+/// Gradients of x and the matrices, those that are wanted.
 KNOCK_FUNC Tensors mlp_knock_gradients(const autograd::Upstream& up, const Tensor& x, const Tensors& matrices) {
   const Tensor dense = x.contiguous();
   Tensor dy = up.dy().contiguous();
