@@ -7,6 +7,7 @@
 
 #include <knock/knock.hpp>
 
+#include <cuda_runtime_api.h>
 #include <doctest/doctest.h>
 
 #include <array>
@@ -84,6 +85,18 @@ TEST_CASE("allocator: out of memory names the figures, after the caches were fre
   CHECK(message.find("cached in pieces; the device has ") != std::string::npos);
   CHECK(memory::stats(device).bytes_cached < int64_t{64} << 20);
   CHECK(full({3}, 2, {.device = device}).to_vector<float>() == std::vector<float>{2, 2, 2});
+}
+
+TEST_CASE("allocator: what is cached makes room where the device has no more") {
+  fresh_start();
+  std::size_t room = 0, total = 0;
+  REQUIRE(cudaMemGetInfo(&room, &total) == cudaSuccess);
+  const auto share = [&](int64_t tenths) { return static_cast<int64_t>(room) / 10 * tenths; };
+  { const Tensor cached = bytes(share(6)); }
+  CHECK(memory::stats(device).bytes_cached >= share(6));
+  const Tensor larger = bytes(share(7));  // not beside it
+  CHECK(memory::stats(device).bytes_in_use >= share(7));
+  CHECK(memory::stats(device).bytes_cached < share(6));
 }
 
 TEST_CASE("allocator: a block that another stream used comes back when that stream is done with it") {

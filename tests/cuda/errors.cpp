@@ -4,12 +4,7 @@
 
 #include <doctest/doctest.h>
 #include <support/compare.hpp>
-
-#include <array>
-#include <cstdio>
-#include <cstdlib>
-
-#include <unistd.h>
+#include <support/own_process.hpp>
 
 namespace {
 
@@ -18,6 +13,8 @@ using namespace knock;
 const Device device("cuda:0");
 
 using test::error_of;
+using test::tell;
+using test::told_by;
 
 TEST_CASE("errors: an index out of range is reported by the next wait, in the op's name") {
   const Tensor x = arange(0, 5, 1, {.dtype = DType::f32, .device = device});
@@ -66,33 +63,7 @@ TEST_CASE("errors: tensors on two devices do not meet") {
   CHECK(error_of([&] { here + there; }).find("tensors are on cpu and cuda:0; move one with") != std::string::npos);
 }
 
-// A kernel that fails ends all that the process can do on its devices, so it does in a process of its own: this
-// program, asked for one test that is skipped otherwise.
-
-constexpr const char* marker = "told: ";
-
-/// What the test told, line by line.
-std::vector<std::string> told_by(const std::string& test, const std::string& environment) {
-  std::array<char, 4096> path{};
-  if (::readlink("/proc/self/exe", path.data(), path.size() - 1) < 0) return {};
-  const std::string command = environment + " '" + path.data() + "' --no-skip --test-case='" + test + "' 2>/dev/null";
-  std::vector<std::string> lines;
-  FILE* output = ::popen(command.c_str(), "r");
-  std::array<char, 4096> line{};
-  while (output && std::fgets(line.data(), line.size(), output)) {
-    std::string text = line.data();
-    if (!text.starts_with(marker)) continue;
-    lines.push_back(text.substr(std::string_view(marker).size()));
-    lines.back().pop_back();  // the end of the line
-  }
-  if (output) ::pclose(output);
-  return lines;
-}
-
-void tell(const std::string& what) {
-  std::printf("%s%s\n", marker, what.c_str());
-  std::fflush(stdout);
-}
+// A kernel that fails ends all that the process can do on its devices.
 
 TEST_CASE("errors of a process of its own: a kernel writes where no memory is" * doctest::skip()) {
   Tensor x = zeros({4}, {.device = device});

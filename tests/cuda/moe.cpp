@@ -1,22 +1,15 @@
-// Routers and experts on CUDA: how many launches they are, and what tiles make of the experts' rows and columns, beside
-// the CPU's kernels in f64.
+// Experts on CUDA: what tiles make of their rows and columns, beside the CPU's kernels in f64.
 
 #include <knock/autograd/engine.hpp>
 #include <knock/ops/binary.hpp>
-#include <knock/ops/inplace.hpp>
-#include <knock/ops/matmul.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/pointwise.hpp>
-#include <knock/ops/reduce.hpp>
 #include <knock/ops/view.hpp>
 
 #include <doctest/doctest.h>
-#include <counters.hpp>
-
 #include <support/compare.hpp>
 
 #include <cmath>
-#include <functional>
 
 using namespace knock;
 
@@ -62,18 +55,6 @@ Tensors run(const Given& given, Device device, DType dtype, DType of_matrices) {
   return out;
 }
 
-/// Launches of kernels with `part` in their names while `body` runs; of all but copies without one.
-uint64_t launches(const std::function<void()>& body, const std::string& part = "") {
-  synchronize("cuda:0");
-  cuda_sim::reset_kernel_counters();
-  body();
-  synchronize("cuda:0");
-  uint64_t sum = 0;
-  for (const auto& [name, c] : cuda_sim::kernel_counters())
-    if (!name.starts_with("copy ") && name.find(part) != std::string::npos) sum += c.launches;
-  return sum;
-}
-
 }  // namespace
 
 TEST_CASE("experts on cuda: tiles of rows and columns that are full or not, beside the CPU in f64") {
@@ -106,40 +87,5 @@ TEST_CASE("experts on cuda: tiles of rows and columns that are full or not, besi
         CHECK(test::same_bits(found[i], again[i]));
       }
     }
-  }
-}
-
-TEST_CASE("experts on cuda: five launches forward, four backward") {
-  manual_seed(42);
-  for (const Problem& p : {Problem{40, 2, 4, 32, 16}, {40, 2, 4, 13, 7}})  // on the tensor cores, and not
-    for (const DType dtype : {DType::bf16, DType::f32}) {
-      INFO(text(p.features, " ", dtype));
-      const Given given(p);
-      Tensors in;
-      for (const Tensor& each : given.tensors) in.push_back(each.to(dtype).to("cuda:0").detach().requires_grad_());
-      const Tensor indices = given.indices.to("cuda:0");
-      Tensor y;
-      CHECK(launches([&] { y = moe_experts(in[0], indices, in[1], in[2], in[3], in[4]); }) == 5);
-      CHECK(launches([&] { y.backward(in[5].detach(), {.retain_graph = true}); }) == 4);
-      CHECK(launches([&] { y.backward(in[5].detach(), {.retain_graph = true}); }) ==
-            5);                                        // adds to the gradient of the slots' weights
-      const Tensor x = in[0] * 2, w = in[0].detach();  // what has arrived is added to
-      const Tensor both = sum(moe_experts(x, indices, in[1].detach(), in[2].detach(), in[3].detach(), in[4].detach())) +
-                          sum(linear(x, w));
-      CHECK(launches([&] { both.backward(); }, "Add") == 1);  // to the gradient that in[0] holds
-    }
-}
-
-TEST_CASE("router on cuda: bf16 rows and f32 weights are one launch forward, two backward") {
-  manual_seed(43);
-  for (const Shape& shape : {Shape{50, 7}, Shape{1, 4}, Shape{4200, 16}}) {
-    const int64_t rows = shape[0], experts = shape[1];
-    INFO(text(shape));
-    const Tensor x = randn({rows, 24}).to(DType::bf16).to("cuda:0").requires_grad_(),
-                 w = randn({experts, 24}).to("cuda:0").requires_grad_(), dy = randn({rows, experts}).to("cuda:0");
-    Tensor y;
-    CHECK(launches([&] { y = linear_wide(x, w); }) == 1);
-    for (int pass = 0; pass < 2; ++pass)  // the second one adds
-      CHECK(launches([&] { y.backward(dy, {.retain_graph = true}); }) == 2);
   }
 }

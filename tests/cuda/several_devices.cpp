@@ -4,14 +4,15 @@
 
 #include <doctest/doctest.h>
 
+#include <cstdlib>
+
 namespace {
 
 using namespace knock;
 
-bool two_devices() { return device_count(DeviceKind::cuda) >= 2; }
+const doctest::skip without_two_devices(!std::getenv("KNOCK_CUDA_SIM_DEVICES"));
 
-TEST_CASE("devices: tensors pass from one to the other") {
-  if (!two_devices()) return;
+TEST_CASE("devices: tensors pass from one to the other" * without_two_devices) {
   const Tensor x = randn({4, 6, 3});
   const Tensor first = x.to("cuda:0"), second = first.to("cuda:1");
   CHECK(second.device() == Device("cuda:1"));
@@ -23,24 +24,21 @@ TEST_CASE("devices: tensors pass from one to the other") {
   CHECK((exp(second) * 2).to("cuda:0").to_vector<float>() == (exp(first) * 2).to_vector<float>());
 }
 
-TEST_CASE("devices: gradients go back the way the values came") {
-  if (!two_devices()) return;
+TEST_CASE("devices: gradients go back the way the values came" * without_two_devices) {
   const Tensor x = randn({5}, {DType::f32, "cuda:0"}).requires_grad_();
   sum(square(x.to("cuda:1"))).backward();
   CHECK(x.grad().device() == Device("cuda:0"));
   CHECK(x.grad().to_vector<float>() == (x.detach() * 2).to_vector<float>());
 }
 
-TEST_CASE("devices: each has its own memory") {
-  if (!two_devices()) return;
+TEST_CASE("devices: each has its own memory" * without_two_devices) {
   const int64_t first = memory::stats("cuda:0").bytes_in_use, second = memory::stats("cuda:1").bytes_in_use;
   const Tensor x = zeros({1 << 10}, {DType::f32, "cuda:1"});
   CHECK(memory::stats("cuda:0").bytes_in_use == first);
   CHECK(memory::stats("cuda:1").bytes_in_use == second + (1 << 12));
 }
 
-TEST_CASE("devices: a graph of the second one, without copies from the first") {
-  if (!two_devices()) return;
+TEST_CASE("devices: a graph of the second one, without copies from the first" * without_two_devices) {
   const Tensor here = ones({4}, {DType::f32, "cuda:0"}), x = full({4}, 3, {DType::f32, "cuda:1"});
   Tensor y;
   std::string message;

@@ -16,6 +16,9 @@ void reset_kernel_counters();
 /// Launches since then of what has `part` in its name.
 uint64_t launches(const std::string& part = "");
 
+/// How often cublasLt was asked for an algorithm, since the program began.
+uint64_t algorithm_requests();
+
 /// For those who count: adds what one piece of work did.
 void note_work(const std::string& name, const Counters& did);
 

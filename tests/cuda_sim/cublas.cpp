@@ -27,6 +27,7 @@ constexpr uint64_t algorithm_magic = 0x6b6e6f636b2d6c74;
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
 std::size_t live_handles = 0;
+uint64_t asked_for_algorithms = 0;
 
 std::set<const void*>& objects() {
   static auto* all = new std::set<const void*>;
@@ -214,6 +215,8 @@ cublasStatus_t submit_matmul(const Matmul& matmul, const Algorithm* algorithm, v
 // Handles do not count: programs keep them to the end, as the library may be gone by then.
 std::size_t live_cublas_objects() { return objects().size() - live_handles; }
 
+uint64_t algorithm_requests() { return asked_for_algorithms; }
+
 }  // namespace cuda_sim
 
 using namespace cuda_sim;
@@ -338,6 +341,7 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t hand
   results[0].state = CUBLAS_STATUS_SUCCESS;
   results[0].wavesCount = 1;
   *found = 1;
+  ++asked_for_algorithms;
   return CUBLAS_STATUS_SUCCESS;
 }
 

@@ -1,5 +1,5 @@
-// The simulated devices: as many as KNOCK_CUDA_SIM_DEVICES says (else one), of compute capability 8.0 with the figures
-// of an A100.
+// The simulated devices: as many as KNOCK_CUDA_SIM_DEVICES says (else one), with the figures of an A100, and of its
+// compute capability (8.0) but where KNOCK_CUDA_SIM_CAPABILITY says otherwise.
 
 #include "streams.hpp"
 
@@ -18,6 +18,15 @@ std::array<std::array<bool, max_devices>, max_devices> peers{};  // peers[a][b]:
 constexpr int processors = 108, threads_per_processor = 2048, registers = 65536, blocks_per_processor = 32;
 constexpr int runtime_version = CUDART_VERSION;
 
+/// The CUDA version of the driver, 0 where there is none.
+int driver_version() {
+  const char* value = std::getenv("KNOCK_CUDA_SIM_DRIVER");
+  return value == nullptr ? runtime_version : std::atoi(value);
+}
+
+/// A driver runs programs of its own major version and of those before.
+bool driver_is_too_old() { return driver_version() / 1000 < runtime_version / 1000; }
+
 bool is_device_number(int device) { return device >= 0 && device < device_count(); }
 
 // KNOCK_CUDA_SIM_PROCESSORS: numbers of the devices, the last one also of those that follow.
@@ -35,8 +44,8 @@ int processors_of(int device) {
 cudaDeviceProp properties_of(int device) {
   cudaDeviceProp of{};
   std::snprintf(of.name, sizeof of.name, "cuda_sim device %d", device);
-  of.major = 8;
-  of.minor = 0;
+  const char* capability = std::getenv("KNOCK_CUDA_SIM_CAPABILITY");
+  std::sscanf(capability == nullptr ? "8.0" : capability, "%d.%d", &of.major, &of.minor);
   of.totalGlobalMem = memory_use(device).capacity;
   of.totalConstMem = 64 << 10;
   of.sharedMemPerBlock = default_shared_bytes;
@@ -150,6 +159,7 @@ std::size_t most_shared_bytes() {
 }
 
 int device_count() {
+  if (driver_is_too_old()) return 0;
   const char* value = std::getenv("KNOCK_CUDA_SIM_DEVICES");
   return value == nullptr ? 1 : std::clamp(std::atoi(value), 0, max_devices);
 }
@@ -184,6 +194,7 @@ extern "C" {
 cudaError_t CUDARTAPI cudaGetDeviceCount(int* count) {
   return api([&] {
     *count = device_count();
+    if (driver_is_too_old()) return cudaErrorInsufficientDriver;
     return *count > 0 ? cudaSuccess : cudaErrorNoDevice;
   });
 }
@@ -221,7 +232,7 @@ cudaError_t CUDARTAPI cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribut
 }
 
 cudaError_t CUDARTAPI cudaDriverGetVersion(int* version) {
-  *version = device_count() > 0 ? runtime_version : 0;
+  *version = driver_version();
   return cudaSuccess;
 }
 

@@ -2,7 +2,9 @@
 // What the parts of the simulated CUDA runtime say to each other.
 //
 // The environment, each read when it matters:
+//   KNOCK_CUDA_SIM_DRIVER=n     the driver is one of CUDA n / 1000 (as new as the program); 0 is a machine without one
 //   KNOCK_CUDA_SIM_DEVICES=n    that many devices (1); 0 is a machine without one
+//   KNOCK_CUDA_SIM_CAPABILITY=n.m  compute capability of the devices, as they tell it (8.0)
 //   KNOCK_CUDA_SIM_PROCESSORS=n,m  multiprocessors of the devices (108)
 //   KNOCK_CUDA_SIM_SHARED=n     KiB of shared memory that a block may ask for (163)
 //   KNOCK_CUDA_SIM_MEMORY=n     MiB of memory of each device (4096)

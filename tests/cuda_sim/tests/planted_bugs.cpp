@@ -1,4 +1,5 @@
-// Each planted bug is found, by name; each program without it is clean: a checker that always cries fails too.
+// Each planted bug is found, by name; what kernels do wrong, with file and line. Each program without it is clean: a
+// checker that always cries fails too.
 
 #include "planted_bugs.hpp"
 
@@ -11,7 +12,8 @@
 
 namespace {
 
-void check_all(const std::vector<PlantedBug>& bugs) {
+/// `place`: what every finding names.
+void check_all(const std::vector<PlantedBug>& bugs, const std::string& place) {
   setenv("KNOCK_CUDA_SIM_LEAKS", "1", 1);
   for (const auto& bug : bugs) {
     CAPTURE(std::string(bug.name));
@@ -19,6 +21,7 @@ void check_all(const std::vector<PlantedBug>& bugs) {
     CHECK(wrong.exit_code != 0);
     CAPTURE(wrong.findings);
     CHECK(wrong.findings.find(bug.finding) != std::string::npos);
+    CHECK(wrong.findings.find(place) != std::string::npos);
     const auto right = run_in_child(bug.right);
     CHECK(right.exit_code == 0);
     CHECK(right.findings == "");
@@ -28,6 +31,6 @@ void check_all(const std::vector<PlantedBug>& bugs) {
 
 }  // namespace
 
-TEST_CASE("planted bugs: in kernels") { check_all(planted_kernel_bugs()); }
+TEST_CASE("planted bugs: in kernels") { check_all(planted_kernel_bugs(), "planted_kernels.cu:"); }
 
-TEST_CASE("planted bugs: in the use of the runtime") { check_all(planted_runtime_bugs()); }
+TEST_CASE("planted bugs: in the use of the runtime") { check_all(planted_runtime_bugs(), ""); }

@@ -458,6 +458,18 @@ TEST_CASE("cuda_sim devices: none") {
   CHECK(outcome.findings == "");
 }
 
+TEST_CASE("cuda_sim devices: no driver, and one that is older than the program") {
+  for (const int version : {0, 11080}) {
+    const auto outcome = run_with("KNOCK_CUDA_SIM_DRIVER", std::to_string(version).c_str(), [version] {
+      int count = -1, driver = -1;
+      require(cudaDriverGetVersion(&driver) == cudaSuccess && driver == version);
+      require(cudaGetDeviceCount(&count) == cudaErrorInsufficientDriver && count == 0);
+    });
+    CHECK(outcome.exit_code == 0);
+    CHECK(outcome.findings == "");
+  }
+}
+
 TEST_CASE("cuda_sim devices: two, copies between them") {
   const auto outcome = run_with("KNOCK_CUDA_SIM_DEVICES", "2", [] {
     const auto values = counting(100);
