@@ -226,8 +226,10 @@ def main():
     parser = measure.parser(__doc__, config=list(SHAPES), precision=list(DTYPES), experts=list(EXPERTS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_default_device(arguments.device)
     torch.manual_seed(1)
     s = SHAPES[arguments.config]
     training = Training(s, DTYPES[arguments.precision], arguments.experts, arguments.compile)
@@ -239,7 +241,7 @@ def main():
         losses.append(training.step(tokens, targets))
         seconds.append(time.perf_counter() - start)
     seconds = seconds[3:]
-    measure.row(config=arguments.config, precision=arguments.precision, threads=arguments.threads,
+    measure.row(config=arguments.config, precision=arguments.precision, threads=arguments.threads, device=arguments.device,
                 kind=f"{'compile' if arguments.compile else 'eager'}, {arguments.experts}",
                 step_s=measure.median(seconds), step_s_min=min(seconds), step_s_max=max(seconds),
                 gflops_per_s=flop(s) / measure.median(seconds) / 1e9, first_loss=losses[0],

@@ -56,7 +56,7 @@ TEST_CASE("loss on cuda: values and gradients of every kind, the same bits twice
                       again = Head("cuda:0", DType::bf16, targets).run(options);
         for (std::size_t i = 0; i < 3; ++i) {
           CHECK(test::distance(found[i], expected[i]) < 1e-5);
-          CHECK(test::distance(narrow[i].to(DType::f32), expected[i]) < 3e-2);
+          CHECK(test::distance(narrow[i], expected[i]) < 1.5e-2);  // logits and their gradient are rounded to bf16
           CHECK(test::same_bits(narrow[i], again[i]));
         }
       }

@@ -71,8 +71,9 @@ TEST_CASE("experts on cuda: tiles of rows and columns that are full or not, besi
                            {5, 1, 2, 1, 1},
                            {3, 2, 40, 16, 40}}) {
     const Given given(p);
-    for (const Precision& precision : {Precision{DType::bf16, DType::bf16, 0.02},
-                                       {DType::bf16, DType::f32, 0.02},
+    const double narrow = p.features > 1 ? 0.01 : 0.03;  // a single feature's gradients are sums that cancel
+    for (const Precision& precision : {Precision{DType::bf16, DType::bf16, narrow},
+                                       {DType::bf16, DType::f32, narrow},
                                        {DType::f32, DType::f32, 1e-5},
                                        {DType::f64, DType::f64, 1e-13}}) {
       INFO(text("features ", p.features, " ffn ", p.ffn, " ", precision.dtype, " ", precision.matrices));

@@ -677,7 +677,7 @@ bool decode_access(Statement& s) {
   } else if (opcode == "isspacep") {
     decode_isspacep(s);
   } else if (opcode == "membar" || opcode == "fence" || opcode == "prefetch" || opcode == "prefetchu" ||
-             opcode == "nanosleep" || opcode == "discard" || opcode == "applypriority") {
+             opcode == "nanosleep" || opcode == "applypriority") {
     s.take_prefix("");
     s.instruction.run = no_operation;
   } else {

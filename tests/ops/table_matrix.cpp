@@ -23,13 +23,12 @@ in f64 with finite differences; so are the gradients of the gradients (`create_g
 results, any number of threads the same bits. Masks are u8 (0 and 1), indices i64.
 
 Twin: `composite::op` is the same function written with other ops; its value and gradient are compared with the op's.
+
+Devices: the CPU, and CUDA where its back-end is built (docs/cuda.md), with the same rows, cases and limits.
 )";
 
 std::string matrix() {
   std::string out = opening;
-  std::string on;
-  for (const Device device : devices()) on += (on.empty() ? "" : ", ") + to_text(device);
-  out += "\nDevices: " + on + ".\n";
   for (const Family& family : families()) {
     out += knock::text("\n## ", family.name,
                        "\n\n| op | f32 | f64 | bf16 | i32 | i64 | u8 | gradient | twin | golden cases |\n",

@@ -11,20 +11,20 @@
 
 namespace test {
 
-/// Largest |a - b| of two tensors of one shape, relative to the largest finite |b| or 1. Infinite where only one of the
-/// two is NaN, or where they are different infinities.
+/// Largest |a - b| of two tensors of one shape, relative to the largest finite |b|, if that is not 0. Infinite where only
+/// one of the two is NaN, or where they are different infinities.
 inline double distance(const knock::Tensor& a, const knock::Tensor& b) {
   if (a.shape() != b.shape()) return std::numeric_limits<double>::infinity();
   const auto x = a.to_vector<double>(), y = b.to_vector<double>();
-  double worst = 0, scale = 1;
+  double worst = 0, largest = 0;
   for (const double value : y)
-    if (std::isfinite(value)) scale = std::max(scale, std::abs(value));
+    if (std::isfinite(value)) largest = std::max(largest, std::abs(value));
   for (std::size_t i = 0; i < x.size(); ++i) {
     if (x[i] == y[i] || (std::isnan(x[i]) && std::isnan(y[i]))) continue;
     const double difference = std::abs(x[i] - y[i]);
     worst = std::isfinite(difference) ? std::max(worst, difference) : std::numeric_limits<double>::infinity();
   }
-  return worst / scale;
+  return largest == 0 ? worst : worst / largest;
 }
 
 /// Whether two tensors have the same shape, dtype and bits.

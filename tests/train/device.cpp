@@ -52,6 +52,11 @@ TEST_CASE("device: names, and KNOCK_DEVICE") {
   ::setenv("KNOCK_DEVICE", "nowhere", 1);
   CHECK(test::contains(test::error_of([] { train::usable_device(""); }), "unknown device \"nowhere\""));
   CHECK(train::usable_device("cpu") == Device());
+  if (is_available("cuda:0")) {
+    ::setenv("KNOCK_DEVICE", "cuda:0", 1);
+    CHECK(train::usable_device("") == Device("cuda:0"));
+    CHECK(train::usable_device("cpu") == Device());
+  }
   ::unsetenv("KNOCK_DEVICE");
 }
 

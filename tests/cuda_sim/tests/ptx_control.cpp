@@ -334,10 +334,16 @@ TEST_CASE("ptx warp: vote, match, redux, activemask") {
   check_threads("match.all.sync.b32 %result|%p1, %t, -1;\n", [](uint32_t) { return 0; });
   check_threads("cvt.u64.u32 %rd1, %t; and.b64 %rd1, %rd1, 1; match.any.sync.b64 %result, %rd1, -1;\n",
                 [](uint32_t t) { return t % 2 == 0 ? 0x55555555 : 0xaaaaaaaa; });
+  check_threads("cvt.u64.u32 %rd1, %t; shl.b64 %rd1, %rd1, 32; match.all.sync.b64 %result|%p1, %rd1, -1;\n",
+                [](uint32_t) { return 0; });
+  check_threads("mov.u64 %rd1, 5; match.all.sync.b64 %result|%p1, %rd1, -1; @!%p1 mov.u32 %result, 0;\n",
+                [](uint32_t) { return 0xffffffff; });
   check_threads("redux.sync.add.u32 %result, %t, -1;\n", [](uint32_t) { return 496; });
   check_threads("sub.u32 %r1, %t, 5; redux.sync.min.s32 %result, %r1, -1;\n", [](uint32_t) { return -5; });
   check_threads("sub.u32 %r1, %t, 5; redux.sync.min.u32 %result, %r1, -1;\n", [](uint32_t) { return 0; });
   check_threads("sub.u32 %r1, %t, 5; redux.sync.max.s32 %result, %r1, -1;\n", [](uint32_t) { return 26; });
+  check_threads("sub.u32 %r1, %t, 5; redux.sync.max.u32 %result, %r1, -1;\n",
+                [](uint32_t) { return static_cast<uint32_t>(-1); });
   check_threads("or.b32 %r1, %t, 64; redux.sync.and.b32 %result, %r1, -1;\n", [](uint32_t) { return 64; });
   check_threads("redux.sync.or.b32 %result, %t, -1;\n", [](uint32_t) { return 31; });
   check_threads("redux.sync.xor.b32 %result, %t, -1;\n", [](uint32_t) { return 0; });

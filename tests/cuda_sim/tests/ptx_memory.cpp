@@ -1,5 +1,6 @@
 // ld, st, atom, cp.async, ldmatrix and mma; what accesses cost; what is refused.
 
+#include <algorithm>
 #include <cmath>
 
 #include "halves.hpp"
@@ -169,6 +170,65 @@ TEST_CASE("ptx memory: atomics") {
   check_threads(
       "setp.eq.u32 %p1, %t, 0; @%p1 st.shared.u32 [count], 100; bar.sync 0; atom.shared.add.u32 %result, [count], 1;\n",
       [](uint32_t t) { return 100 + t; }, ".shared .align 4 .b32 count;\n");
+}
+
+TEST_CASE("ptx memory: atomics of every type give the old value and leave the new one") {
+  const std::vector<Row> rows =
+      combinations({0, 1, 5, 0x7fffffff, 0x80000000, 0xfffffff0, 0x7fffffffffffffff, 0x8000000000000000, ~0ULL}, 2);
+  const auto check = [&](const std::string& operation, const std::string& type,
+                         uint64_t (*expected)(int64_t, int64_t)) {
+    INFO(operation << " " << type);
+    const std::size_t bits = bits_of(type);
+    const std::string width = plain(type);
+    const auto module =
+        parse(kernel_text(".reg .b64 %rd1; .reg ." + width + " %b, %old; ld.param.u64 %rd1, [p0]; ld.global." + width +
+                              " %b, [%rd1+8];\natom.global." + operation + "." + type +
+                              " %old, [%rd1], %b; st.global." + width + " [%rd1+16], %old;",
+                          1));
+    const auto extended = [&](uint64_t value) {  // as the type sees it; u64 is left out
+      return bits == 64       ? static_cast<int64_t>(value)
+             : type[0] == 's' ? int64_t{static_cast<int32_t>(value)}
+                              : int64_t{static_cast<uint32_t>(value)};
+    };
+    for (const Row& row : rows) {
+      const uint64_t memory[3] = {low_bits(row[0], bits), low_bits(row[1], bits), 0};
+      const Buffer buffer(memory, sizeof memory);
+      run_kernel(*module, {1, 1}, {buffer.address()});
+      const auto after = buffer.read<uint64_t>();
+      CHECK(after[0] == low_bits(expected(extended(row[0]), extended(row[1])), bits));
+      CHECK(after[2] == memory[0]);
+    }
+  };
+  for (const char* type : {"u32", "s32", "u64", "s64"})
+    check("add", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(a) + static_cast<uint64_t>(b); });
+  for (const char* type : {"u32", "s32", "s64"}) {
+    check("min", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(std::min(a, b)); });
+    check("max", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(std::max(a, b)); });
+  }
+  check("min", "u64",
+        [](int64_t a, int64_t b) { return std::min(static_cast<uint64_t>(a), static_cast<uint64_t>(b)); });
+  check("max", "u64",
+        [](int64_t a, int64_t b) { return std::max(static_cast<uint64_t>(a), static_cast<uint64_t>(b)); });
+  for (const char* type : {"b32", "b64"}) {
+    check("and", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(a & b); });
+    check("or", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(a | b); });
+    check("xor", type, [](int64_t a, int64_t b) { return static_cast<uint64_t>(a ^ b); });
+    check("exch", type, [](int64_t, int64_t b) { return static_cast<uint64_t>(b); });
+  }
+}
+
+TEST_CASE("ptx memory: fences, prefetches and sleep change nothing, ldu is a load") {
+  const uint32_t table[2] = {7, 9};
+  const Buffer buffer(table, sizeof table);
+  const std::string base = ".reg .b64 %base; mov.u64 %base, " + std::to_string(buffer.address()) + ";\n";
+  for (const char* nothing :
+       {"membar.gl;", "membar.cta;", "fence.acq_rel.gpu;", "fence.sc.sys;", "prefetch.global.L2 [%base];",
+        "prefetchu.L1 [%base];", "nanosleep.u32 20;", "applypriority.global.L2::evict_normal [%base], 128;"})
+    check_threads(base + "mov.u32 %result, %t;\n" + nothing + "\n", [](uint32_t t) { return t; });
+  check_threads(base + "ldu.global.u32 %result, [%base+4];\n", [](uint32_t) { return 9; });
+  const std::string discard = "mov.u64 %rd1, " + std::to_string(buffer.address()) + "; discard.global.L2 [%rd1], 128;";
+  CHECK(contains(memory_fault(discard), "discard"));  // leaves memory undefined: not modelled
+  CHECK(buffer.read<uint32_t>() == std::vector<uint32_t>{7, 9});
 }
 
 TEST_CASE("ptx memory: sectors and bank conflicts") {
