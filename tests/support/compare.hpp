@@ -11,8 +11,8 @@
 
 namespace test {
 
-/// Largest |a - b| of two tensors of one shape, relative to the largest finite |b|, if that is not 0. Infinite where only
-/// one of the two is NaN, or where they are different infinities.
+/// Largest |a - b| of two tensors of one shape, relative to the largest finite |b| where that is not 0. Infinite where
+/// only one of the two is NaN, or where they are different infinities.
 inline double distance(const knock::Tensor& a, const knock::Tensor& b) {
   if (a.shape() != b.shape()) return std::numeric_limits<double>::infinity();
   const auto x = a.to_vector<double>(), y = b.to_vector<double>();
