@@ -7,6 +7,7 @@
 #include <modules.hpp>
 
 #include <doctest/doctest.h>
+#include <cuda/support/machine_code_limits.hpp>
 
 #include <algorithm>
 #include <array>
@@ -22,13 +23,7 @@
 namespace {
 
 namespace fs = std::filesystem;
-
-struct Architecture {
-  int number;
-  int shared_bytes;  ///< of a multiprocessor
-};
-constexpr std::array<Architecture, 3> architectures{{{80, 164 << 10}, {90, 228 << 10}, {100, 228 << 10}}};
-constexpr const char* limits_file = KNOCK_SOURCE_DIR "/tests/cuda/machine_code.txt";
+using namespace machine_code;
 
 /// Of one kernel, or the most of several.
 struct Use {
@@ -56,15 +51,6 @@ int number_before(const std::string& text, const std::string& word) {
   const std::size_t begin = text.find_last_not_of("0123456789", at - 1) + 1;
   return std::atoi(text.substr(begin, at - begin).c_str());
 }
-
-std::string without_namespaces(std::string name) {
-  for (const std::string part : {"knock::cuda::", "(anonymous namespace)::", "knock::"})
-    for (std::size_t at = name.find(part); at != std::string::npos; at = name.find(part, at))
-      name.erase(at, part.size());
-  return name;
-}
-
-std::string family(const std::string& kernel) { return kernel.substr(0, kernel.find('<')); }
 
 /// Threads of a block that the PTX gives each kernel, by mangled name.
 std::map<std::string, int> block_sizes(std::string_view ptx) {
@@ -129,38 +115,6 @@ std::map<std::string, Use> assemble_all(const Architecture& on) {
   return all;
 }
 
-/// A line of machine_code.txt.
-struct Limit {
-  int dynamic_bytes = 0;
-  std::array<int, architectures.size()> registers{}, shared_bytes{}, warps{};
-};
-
-/// By a kernel's name, with its template arguments or without.
-std::map<std::string, Limit> read_limits() {
-  std::map<std::string, Limit> limits;
-  std::ifstream file(limits_file);
-  REQUIRE(file.good());
-  for (std::string line; std::getline(file, line);) {
-    const std::size_t bar = line.find('|');
-    if (line.starts_with("#") || bar == std::string::npos) continue;
-    Limit limit;
-    std::istringstream numbers(line.substr(bar + 1));
-    numbers >> limit.dynamic_bytes;
-    for (auto* row : {&limit.registers, &limit.shared_bytes, &limit.warps})
-      for (int& number : *row) numbers >> number;
-    REQUIRE(numbers);
-    limits[line.substr(0, line.find_last_not_of(' ', bar - 1) + 1)] = limit;
-  }
-  return limits;
-}
-
-const std::string& limit_of(const std::string& kernel, const std::map<std::string, Limit>& limits) {
-  static const std::string none;
-  auto found = limits.find(kernel);
-  if (found == limits.end()) found = limits.find(family(kernel));
-  return found == limits.end() ? none : found->first;
-}
-
 /// All lines anew: of the kernels that have one, and one for each other family.
 void write_limits(const char* path) {
   const std::map<std::string, Limit> before = read_limits();
@@ -200,7 +154,9 @@ void check_limits(std::size_t a) {
   const std::map<std::string, Limit> limits = read_limits();
   const std::map<std::string, Use> uses = assemble_all(architectures[a]);
   CHECK(uses.size() > 500);
-  for (const auto& [kernel, use] : uses) {
+  for (const auto& entry : uses) {
+    const std::string& kernel = entry.first;
+    const Use& use = entry.second;
     CAPTURE(kernel);
     CHECK(use.spilled_bytes == 0);
     if (!limited) continue;

@@ -96,9 +96,10 @@ void run(const Kernel& kernel, const Configuration& of, const std::vector<char>&
 
 cudaError_t launch(const void* host_function, const Configuration& configuration, void** arguments) {
   if (device_count() == 0) return cudaErrorNoDevice;
-  const auto* kernel = kernel_of(host_function);
+  auto* kernel = kernel_of(host_function);
   if (kernel == nullptr) return cudaErrorInvalidDeviceFunction;
   if (const auto error = check_configuration(*kernel, configuration); error != cudaSuccess) return error;
+  kernel->dynamic_shared_asked = std::max(kernel->dynamic_shared_asked, configuration.shared_bytes);
   return submit(configuration.stream, {kernel->shown, [=, parameters = copy_parameters(*kernel->function, arguments)] {
                                          run(*kernel, configuration, *parameters);
                                        }});

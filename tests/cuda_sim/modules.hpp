@@ -1,6 +1,8 @@
 #pragma once
-// The PTX that is executed, for those who give it to ptxas as well.
+// The kernels that are executed, for those who give their PTX to ptxas as well.
 
+#include <cstddef>
+#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -12,5 +14,8 @@ std::vector<std::string_view> registered_ptx();
 
 /// A function's name as C++ writes it, without its parameters.
 std::string shown_name(const char* mangled);
+
+/// The most dynamic shared memory that launches asked for, by the kernel's name.
+std::map<std::string, std::size_t> dynamic_shared_bytes();
 
 }  // namespace cuda_sim

@@ -92,6 +92,13 @@ std::vector<std::string_view> registered_ptx() {
   return all;
 }
 
+std::map<std::string, std::size_t> dynamic_shared_bytes() {
+  std::map<std::string, std::size_t> all;
+  for (const auto& [function, kernel] : registry().kernels)
+    if (kernel.dynamic_shared_asked > 0) all[kernel.shown] = kernel.dynamic_shared_asked;
+  return all;
+}
+
 Kernel* kernel_of(const void* host_function) {
   const auto found = registry().kernels.find(host_function);
   if (found == registry().kernels.end()) {

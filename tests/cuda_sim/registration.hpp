@@ -19,7 +19,8 @@ struct Kernel {
   std::string name, shown;             ///< mangled; as C++ writes it, without its parameters
   const Function* function = nullptr;  ///< null before the first use
   std::size_t dynamic_shared_limit = default_shared_bytes;
-  bool has_shared_limit = false;  ///< the program set it
+  bool has_shared_limit = false;         ///< the program set it
+  std::size_t dynamic_shared_asked = 0;  ///< the most of all launches
 };
 
 /// The kernel of a host function, parsed; null, after a report, where there is none.
