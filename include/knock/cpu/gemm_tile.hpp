@@ -335,10 +335,9 @@ template <class T, class P>
 void pack_columns(Matrix<const T> b, int64_t depth, int64_t n, int64_t width, P* to) {
   constexpr int64_t unit = unit_size<P>;
   const int64_t square_depth = b.row_stride == 1 ? depth / unit / 8 * 8 : 0, square_cols = n / 8 * 8;
-  for (int64_t u = 0; u < square_depth; u += 16)  // a cache line of every column of b at a time
-    for (int64_t j = 0; j < square_cols; j += 8)
-      for (int64_t q = u; q < std::min(u + 16, square_depth); q += 8)
-        transpose_8x8(b.data + q * unit + j * b.col_stride, b.col_stride, to + q * width + j, width);
+  for (int64_t j = 0; j < square_cols; j += 8)  // eight columns from end to end: streams, which processors prefetch
+    for (int64_t u = 0; u < square_depth; u += 8)
+      transpose_8x8(b.data + u * unit + j * b.col_stride, b.col_stride, to + u * width + j, width);
   for (int64_t u = 0; u < units_of<P>(depth); ++u)
     for (int64_t j = u < square_depth ? square_cols : 0; j < width; ++j)
       to[u * width + j] = j < n ? unit_at<T, P>(b, u * unit, j, depth) : P();
@@ -349,8 +348,9 @@ inline int64_t strip_start(int64_t m, int64_t strips, int64_t s, int64_t multipl
   return std::min(m, (m + multiple - 1) / multiple * s / strips * multiple);
 }
 
-/// Whether rows this far apart meet in so few sets of the L1 cache that a strip of them drives the panel out.
-inline bool crowded(int64_t stride_bytes) { return stride_bytes % 2048 == 0; }
+/// Whether rows this far apart meet in one set of the L1 cache, whose ways are fewer than the rows of a strip. (In two
+/// sets, 2048 bytes apart, they have room.)
+inline bool crowded(int64_t stride_bytes) { return stride_bytes % 4096 == 0; }
 
 /// a's rows [0, m) and columns [0, depth): in place where its lines hold units of P that lie well in the caches,
 /// otherwise copied line by line.
