@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "access.hpp"
 #include "halves.hpp"
@@ -13,7 +14,11 @@ namespace {
 struct Add {
   template <class T>
   T operator()(T old, T b) const {
-    return static_cast<T>(old + b);
+    if constexpr (std::is_integral_v<T>) {
+      return static_cast<T>(std::make_unsigned_t<T>(old) + std::make_unsigned_t<T>(b));  // wraps
+    } else {
+      return old + b;
+    }
   }
   template <class T>
   requires(std::is_same_v<T, Half> || std::is_same_v<T, BFloat>) T operator()(T old, T b) const {
