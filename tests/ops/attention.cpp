@@ -65,15 +65,16 @@ Tensor value_and_gradients(const Tensors& in, const AttentionParams& params, con
 
 TEST_CASE("attention: fused equals composite, value and gradients") {
   manual_seed(1);
-  const Case cases[] = {{1, 1, 1, 1, 1, 1, 1},     {2, 4, 2, 17, 33, 8, 8},     {1, 2, 1, 130, 130, 16, 24},
-                        {1, 1, 1, 5, 300, 64, 32}, {1, 3, 3, 129, 257, 33, 17}, {1, 2, 2, 40, 7, 300, 4},
-                        {16, 2, 1, 20, 20, 32, 32}};
+  const Case cases[] = {{1, 1, 1, 1, 1, 1, 1},      {2, 4, 2, 17, 33, 8, 8},     {1, 2, 1, 130, 130, 16, 24},
+                        {1, 1, 1, 5, 300, 64, 32},  {1, 3, 3, 129, 257, 33, 17}, {1, 2, 2, 40, 7, 300, 4},
+                        {16, 2, 1, 20, 20, 32, 32}, {1, 2, 1, 301, 333, 480, 24}};  // backward of the last: 3 stretches
   for (const Case& c : cases)
     for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right})
       for (const int64_t window : {0, 1, 5, 100}) compare(c, {.causal = causal, .window = window}, DType::f64, 1e-11);
   compare(cases[2], {.causal = Causal::top_left}, DType::f32, 2e-5);
   compare(cases[4], {.scale = 0.3}, DType::f32, 2e-5);
   compare(cases[1], {.causal = Causal::bottom_right}, DType::bf16, 0.04);
+  compare(cases[7], {.causal = Causal::top_left}, DType::bf16, 0.04);
 }
 
 TEST_CASE("attention: every instruction set agrees with the composite") {
@@ -92,6 +93,7 @@ TEST_CASE("attention: masks, boolean and added, broadcast and strided") {
   manual_seed(3);
   const Case c{2, 4, 2, 19, 35, 8, 8};
   const Tensor allowed = gt(rand({2, 4, 19, 35}), 0.4);
+  compare({1, 1, 1, 301, 35, 480, 8}, {.mask = gt(rand({301, 35}), 0.4)}, DType::f64, 1e-11);
   compare(c, {.mask = allowed}, DType::f64, 1e-11);
   compare(c, {.causal = Causal::bottom_right, .mask = allowed}, DType::f64, 1e-11);
   compare(c, {.mask = gt(rand({35}), 0.4)}, DType::f64, 1e-11);
@@ -223,9 +225,9 @@ TEST_CASE("attention: a query that sees no key gives 0 and no gradient") {
 
 TEST_CASE("attention: documents, fused equals composite, value and gradients") {
   manual_seed(11);
-  const Case cases[] = {{1, 1, 1, 1, 1, 1, 1},     {2, 4, 2, 17, 33, 8, 8},     {2, 2, 1, 130, 130, 16, 24},
-                        {1, 1, 1, 5, 300, 64, 32}, {1, 3, 3, 129, 270, 33, 17}, {1, 2, 2, 40, 7, 30, 4},
-                        {16, 2, 1, 20, 20, 32, 32}};
+  const Case cases[] = {{1, 1, 1, 1, 1, 1, 1},      {2, 4, 2, 17, 33, 8, 8},     {2, 2, 1, 130, 130, 16, 24},
+                        {1, 1, 1, 5, 300, 64, 32},  {1, 3, 3, 129, 270, 33, 17}, {1, 2, 2, 40, 7, 30, 4},
+                        {16, 2, 1, 20, 20, 32, 32}, {1, 1, 1, 301, 333, 8, 480}};
   for (const Case& c : cases)
     for (const Causal causal : {Causal::none, Causal::top_left, Causal::bottom_right}) {
       if (c.queries > c.keys && causal != Causal::bottom_right) continue;
@@ -330,16 +332,17 @@ TEST_CASE("attention: left padding as a document changes nothing for the tokens"
 
 TEST_CASE("attention: NaN and infinity stay where they are seen") {
   manual_seed(16);
-  const int64_t length = 290;  // more than a tile in both directions
+  const int64_t length = 290;  // more than a tile in both directions; with 500 features, more than a stretch
   const std::vector<double> poisons{std::nan(""), infinity, -infinity};
   const Tensor packed_ids = from_data(std::vector<int64_t>(100, 4), {100});
   const Tensor contiguous = cat({packed_ids, packed_ids + 1, (packed_ids + 2).narrow(0, 0, 90)}, 0),
                interleaved = fmod(arange(length), 3);
-  for (const DType dtype : {DType::f32, DType::f64, DType::bf16})
+  for (const auto& [dtype, depth] : {std::pair(DType::f32, 16), std::pair(DType::f64, 16), std::pair(DType::bf16, 16),
+                                     std::pair(DType::f32, 500), std::pair(DType::bf16, 500)})
     for (const Tensor& ids : {contiguous, interleaved})
       for (const double poison : poisons) {
         const TensorOptions options{.dtype = dtype};
-        const Tensors clean{randn({1, 4, length, 16}, options), randn({1, 2, length, 16}, options),
+        const Tensors clean{randn({1, 4, length, depth}, options), randn({1, 2, length, depth}, options),
                             randn({1, 2, length, 24}, options)};
         const Tensor upstream = randn({1, 4, length, 24}, options);
         const Tensor other = eq(ids, ids.select(0, 130)), rows = other.reshape({length, 1});  // one document is bad
@@ -362,7 +365,11 @@ TEST_CASE("attention: NaN and infinity stay where they are seen") {
             for (std::size_t i = 0; i < 3; ++i) CHECK(test::same_bits(good(expected[i]), good(got[i])));
             CHECK(isfinite(good(b)).to_vector<uint8_t>() ==
                   std::vector<uint8_t>(static_cast<std::size_t>(b.numel()), 1));
-            CHECK(sum(isnan(masked_fill(b, eq(rows, 0), 0))).item() > 0);  // where it is seen it shows
+            const auto bad = [&](const Tensor& x) { return masked_fill(x, eq(rows, 0), 0); };
+            CHECK(sum(isnan(bad(b))).item() > 0);  // where it is seen it shows
+            if (std::isnan(poison))
+              for (const Tensor& gradient : got)
+                CHECK(sum(isnan(bad(gradient))).item() == sum(isnan(bad(full_like(gradient, poison)))).item());
           }
       }
 }

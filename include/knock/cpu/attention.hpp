@@ -577,19 +577,22 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
   copy_out(sum, a.value_cols, count, a.value_depth, out);
 }
 
-/// Gradients of one query head; those of k and v are added to dk (Tk, depth_cols) and dv (Tk, value_cols).
+/// Gradients of a stretch of queries of one head, given their rows of out, dout, log_sum_exp and dq; those of k and v
+/// are added to dk (Tk, depth_cols) and dv (Tk, value_cols).
 template <class T, class P>
-void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Matrix<const T> out, Matrix<const T> dout,
-                             const sum_t<P>* log_sum_exp, Matrix<T> dq_out, sum_t<P>* dk, sum_t<P>* dv) {
+void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range stretch, Matrix<const T> out,
+                        Matrix<const T> dout, const sum_t<P>* log_sum_exp, Matrix<T> dq_out, sum_t<P>* dk,
+                        sum_t<P>* dv) {
   using C = sum_t<P>;
   using A = operand_t<P>;
   const TileScope scope;
   constexpr int64_t key_tile = 128, query_tile = 112, unit = unit_size<P>;
   constexpr bool paired = unit > 1;
   const int64_t width = a.kernels.cols, strip_rows = a.kernels.rows, dc = a.depth_cols, vc = a.value_cols;
-  const int64_t query_units = units_of<P>(a.queries), d_units = units_of<P>(dc), v_units = units_of<P>(vc);
-  const Scratch<P> q_rows(a.queries * d_units), dy_rows(a.queries * v_units);  // (Tq, D), (Tq, Dv): along features
-  const Scratch<P> q_across(query_units * dc), dy_across(query_units * vc);    // the same across queries
+  const int64_t all = stretch.size(), query_units = units_of<P>(all), d_units = units_of<P>(dc),
+                v_units = units_of<P>(vc);
+  const Scratch<P> q_rows(all * d_units), dy_rows(all * v_units);            // (all, D), (all, Dv): along features
+  const Scratch<P> q_across(query_units * dc), dy_across(query_units * vc);  // the same across queries
   const Scratch<P> key_buffer((key_tile / unit) * dc + units_of<P>(a.depth) * key_tile +
                               units_of<P>(a.value_depth) * key_tile);
   P *const k = key_buffer.data(), *const k_packed = k + (key_tile / unit) * dc;  // across keys; (D, key_tile) packed
@@ -597,25 +600,25 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
   const Scratch<A> p_buffer(2 * query_tile * key_tile);                          // p and ds (query_tile, key_tile)
   A *const p = p_buffer.data(), *const ds = p + query_tile * key_tile;
   const Scratch<P> across_buffer(paired ? query_tile * key_tile : 1);  // the same across queries
-  const Scratch<C> sums(a.queries * (dc + 1) + (paired ? 2 * strip_rows * key_tile : 0));
-  C *const dq = sums.data(), *const delta = dq + a.queries * dc;  // (Tq, depth_cols), (Tq)
-  // Rows that hold NaN or an infinity: of q or dout (Tq), of k (key_tile).
-  const Scratch<uint8_t> marks(2 * a.queries + key_tile);
-  uint8_t *const bad_queries = marks.data(), *const bad_dout = bad_queries + a.queries,
-                 *const bad_keys = bad_dout + a.queries;
+  const Scratch<C> sums(all * (dc + 1) + (paired ? 2 * strip_rows * key_tile : 0));
+  C *const dq = sums.data(), *const delta = dq + all * dc;  // (all, depth_cols), (all)
+  // Rows that hold NaN or an infinity: of q or dout (all), of k (key_tile).
+  const Scratch<uint8_t> marks(2 * all + key_tile);
+  uint8_t *const bad_queries = marks.data(), *const bad_dout = bad_queries + all, *const bad_keys = bad_dout + all;
   const Visible visible = a.visible(b);
   const bool masked = a.masked(visible);
-  const Matrix<const T> q_head = head_of<const T>(a.q, b, h), k_head = head_of<const T>(a.k, b, h / a.group()),
+  const Matrix<const T> q_head = head_of<const T>(a.q, b, h).block(stretch.begin, 0),
+                        k_head = head_of<const T>(a.k, b, h / a.group()),
                         v_head = head_of<const T>(a.v, b, h / a.group());
-  rows_along(q_head, a.queries, a.depth, d_units, q_rows.data());
-  rows_along(dout, a.queries, a.value_depth, v_units, dy_rows.data());
-  std::fill(dq, dq + a.queries * dc, C(0));
-  mark_not_finite(q_head, a.queries, a.depth, bad_queries);
-  mark_not_finite(dout, a.queries, a.value_depth, bad_dout);
+  rows_along(q_head, all, a.depth, d_units, q_rows.data());
+  rows_along(dout, all, a.value_depth, v_units, dy_rows.data());
+  std::fill(dq, dq + all * dc, C(0));
+  mark_not_finite(q_head, all, a.depth, bad_queries);
+  mark_not_finite(dout, all, a.value_depth, bad_dout);
   vectorized([&] {
-    for (int64_t i = 0; i < a.queries; ++i) {
+    for (int64_t i = 0; i < all; ++i) {
       bad_queries[i] |= bad_dout[i];
-      prefetch_row(out, i + rows_ahead, a.queries, a.value_depth);
+      prefetch_row(out, i + rows_ahead, all, a.value_depth);
       const T *const dy = &dout(i, 0), *const y = &out(i, 0);
       const auto dot = [&](int64_t dy_step, int64_t y_step) {
         return row_sum<C>(a.value_depth,
@@ -624,28 +627,30 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
       delta[i] = dout.col_stride == 1 && out.col_stride == 1 ? dot(1, 1) : dot(dout.col_stride, out.col_stride);
     }
   });
-  rows_across(q_head, a.queries, a.depth, dc, bad_queries, q_across.data());
-  rows_across(dout, a.queries, a.value_depth, vc, bad_queries, dy_across.data());
+  rows_across(q_head, all, a.depth, dc, bad_queries, q_across.data());
+  rows_across(dout, all, a.value_depth, vc, bad_queries, dy_across.data());
   const C scale = static_cast<C>(a.scores.scale);
   for (int64_t start = 0; start < a.keys; start += key_tile) {
     const int64_t tile_keys = std::min(key_tile, a.keys - start);
+    const Range seeing = visible.queries_of({start, start + tile_keys}).intersect(stretch);
+    if (seeing.empty()) continue;
     mark_not_finite(k_head.block(start, 0), tile_keys, a.depth, bad_keys);
     rows_across(k_head.block(start, 0), tile_keys, a.depth, dc, bad_keys, k);
     const Packed<P> k_t = pack<P>(Operand(k_head.block(start, 0).t()), a.depth, tile_keys, k_packed);
     const Packed<P> v_t = pack<P>(Operand(v_head.block(start, 0).t()), a.value_depth, tile_keys, v_packed);
-    const Range seeing = visible.queries_of({start, start + tile_keys});
-    for (int64_t from = seeing.begin / unit * unit; from < seeing.end; from += query_tile) {
-      const int64_t count = std::min(query_tile, seeing.end - from), strips = (count + strip_rows - 1) / strip_rows;
+    const int64_t behind = seeing.end - stretch.begin;
+    for (int64_t from = (seeing.begin - stretch.begin) / unit * unit; from < behind; from += query_tile) {
+      const int64_t count = std::min(query_tile, behind - from), strips = (count + strip_rows - 1) / strip_rows;
       for (int64_t strip = 0; strip < strips; ++strip) {
         const int64_t first = a.strip_begin(count, strips, strip),
                       rows = a.strip_begin(count, strips, strip + 1) - first;
-        const Range queries{from + first, from + first + rows};
+        const Range queries{stretch.begin + from + first, stretch.begin + from + first + rows};
         Range seen = visible.keys_of(queries).intersect({start, start + tile_keys});
         if (visible.apart(queries, seen)) seen.end = seen.begin;
         A *const p_strip = p + first * key_tile, *const ds_strip = ds + first * key_tile;
         C *p_sums, *ds_sums;  // in the type of sums
         if constexpr (paired) {
-          p_sums = delta + a.queries, ds_sums = p_sums + strip_rows * key_tile;
+          p_sums = delta + all, ds_sums = p_sums + strip_rows * key_tile;
         } else {
           p_sums = p_strip, ds_sums = ds_strip;
         }
@@ -658,10 +663,10 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
         }
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = from + first + r;
-          const Range own = visible.keys_of({i, i + 1}).intersect(seen);
+          const Range own = visible.keys_of({queries.begin + r, queries.begin + r + 1}).intersect(seen);
           C *const p_row = p_sums + r * key_tile, *const ds_row = ds_sums + r * key_tile;
           if (!own.empty()) {
-            if (masked) a.apply_masks(visible, b, h, i, own, p_row + own.begin - start);
+            if (masked) a.apply_masks(visible, b, h, queries.begin + r, own, p_row + own.begin - start);
             const Range lanes = whole_lanes({own.begin - start, own.end - start});
             (masked ? a.rows.backward_masked : a.rows.backward)(lanes.size(), p_row + lanes.begin, ds_row + lanes.begin,
                                                                 log_sum_exp[i] * static_cast<C>(log2_e), delta[i]);
@@ -681,12 +686,12 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
           for (int64_t r = 0; r < rows; ++r)
             if (a.sees(visible, b, h, queries.begin + r, start + j))
               add_scaled(a.depth, scale * ds_sums[r * key_tile + j], &k_head(start + j, 0), k_head.col_stride,
-                         dq + (queries.begin + r) * dc);
+                         dq + (from + first + r) * dc);
         });
       }
       for_marked(bad_queries, {from, from + count}, [&](int64_t i) {
         for (int64_t j = 0; j < tile_keys; ++j) {
-          if (!a.sees(visible, b, h, i, start + j)) continue;
+          if (!a.sees(visible, b, h, stretch.begin + i, start + j)) continue;
           const int64_t at = (i - from) * key_tile + j;
           add_scaled(a.value_depth, static_cast<C>(p[at]), &dout(i, 0), dout.col_stride, dv + (start + j) * vc);
           add_scaled(a.depth, scale * static_cast<C>(ds[at]), &q_head(i, 0), q_head.col_stride, dk + (start + j) * dc);
@@ -710,9 +715,10 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
       for (int64_t key = 0; key < tile_keys; key += strip_rows) {
         const int64_t rows = std::min(strip_rows, tile_keys - key);
         const Range own{start + key, start + key + rows};
-        const Range by = visible.queries_of(own).intersect({from, from + count});
+        const Range by = visible.queries_of(own).intersect({stretch.begin + from, stretch.begin + from + count});
         if (by.empty() || visible.apart(by, own)) continue;
-        const int64_t skip = (by.begin - from) / unit, units = units_of<P>(by.end - from) - skip;
+        const int64_t skip = (by.begin - stretch.begin - from) / unit,
+                      units = units_of<P>(by.end - stretch.begin - from) - skip;
         const int64_t at = skip * key_tile + key, row = from / unit + skip;
         a.product(rows, vc, units, 1, p_units + at, 1, key_tile, dy_across.data() + row * vc, 1, vc, true,
                   dv + (start + key) * vc, vc);
@@ -721,7 +727,7 @@ void attention_head_backward(const Attention<T, P>& a, int64_t b, int64_t h, Mat
       }
     }
   }
-  copy_out(dq, dc, a.queries, a.depth, dq_out);
+  copy_out(dq, dc, all, a.depth, dq_out);
 }
 
 template <class T, class P>
@@ -760,14 +766,22 @@ void attention_backward(const Attention<T, P>& a, const Array& out, const Array&
   // and dv are added afterwards.
   const int64_t per_task = a.batch * a.kv_heads >= 16 ? a.group() : 1, parts = a.group() / per_task;
   const int64_t width = a.depth_cols + a.value_cols, part_size = a.keys * width;
+  // What a stretch of queries reads again for each tile of keys fits in a second-level cache of 1 MiB, or nearly.
+  const int64_t stretches = (a.queries * std::max(a.depth_cols, a.value_cols) + (1 << 16) - 1) >> 16;
   const Scratch<C> partial(a.batch * a.kv_heads * parts * part_size);  // per task: dk (Tk, depth_cols), then dv
   parallel_tasks(a.batch * a.kv_heads * parts, [&](int64_t task) {
     C *const own = partial.data() + task * part_size, *const own_dv = own + a.keys * a.depth_cols;
     std::fill(own, own + part_size, C(0));
     for (int64_t i = 0; i < per_task; ++i) {
       const int64_t head = task * per_task + i, b = head / a.heads, h = head % a.heads;
-      attention_head_backward(a, b, h, head_of<const T>(out, b, h), head_of<const T>(dout, b, h),
-                              log_sum_exp.as<C>() + head * a.queries, head_of<T>(dq, b, h), own, own_dv);
+      for (int64_t s = 0; s < stretches; ++s) {
+        const Range stretch{strip_start(a.queries, stretches, s, unit_size<P>),
+                            strip_start(a.queries, stretches, s + 1, unit_size<P>)};
+        attention_backward(a, b, h, stretch, head_of<const T>(out, b, h).block(stretch.begin, 0),
+                           head_of<const T>(dout, b, h).block(stretch.begin, 0),
+                           log_sum_exp.as<C>() + head * a.queries + stretch.begin,
+                           head_of<T>(dq, b, h).block(stretch.begin, 0), own, own_dv);
+      }
     }
   });
   parallel_tasks(a.batch * a.kv_heads, [&](int64_t task) {
