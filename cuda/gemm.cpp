@@ -2,8 +2,9 @@
 //
 // cublasLt stores matrices by columns, so it is asked for the transpose: out^T = b^T a^T, in which rows and columns
 // change their names and nothing moves. An operand whose rows or columns are dense is used where it lies; any other one
-// is copied first. f32 is computed in f32, not in TF32; bf16 is accumulated in f32. A bias, an activation and a matrix
-// to add are parts of the product (epilogues). The algorithm that the library proposes for a shape is asked for once.
+// is copied first. f32 is computed in f32, in TF32 by choice alone (allow_tf32); bf16 is accumulated in f32. A bias, an
+// activation and a matrix to add are parts of the product (epilogues). The algorithm that the library proposes for a
+// shape is asked for once.
 
 #include "allocator.hpp"
 #include "device.hpp"
@@ -13,6 +14,7 @@
 #include "stream.hpp"
 
 #include <knock/core/loop_nest.hpp>
+#include <knock/core/products.hpp>
 #include <knock/ops/pointwise_functors.hpp>
 
 #include <cublasLt.h>
@@ -53,6 +55,11 @@ cublasLtHandle_t handle() {
   return own.handle;
 }
 
+cublasComputeType_t compute_type(DType in) {
+  if (in == DType::f64) return CUBLAS_COMPUTE_64F;
+  return in == DType::f32 && allow_tf32() ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+}
+
 cudaDataType type_of(DType dtype) {
   return dtype == DType::f64 ? CUDA_R_64F : dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF;
 }
@@ -78,6 +85,7 @@ struct Epilogue {
 /// One call: out (M, N) = activation(alpha a b + beta c + bias) for every matrix of a batch; c may be out.
 struct Product {
   DType in, out_type;
+  cublasComputeType_t compute;
   int64_t m, n, k, batch;
   Stored a, b, c, out;
   double alpha, beta;
@@ -132,9 +140,8 @@ cublasLtEpilogue_t kind_of(const Epilogue& e) {
 class Operation {
  public:
   explicit Operation(const Product& p) {
-    const bool wide = p.in == DType::f64;
-    KNOCK_LT(cublasLtMatmulDescCreate(description_.place(), wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F,
-                                      wide ? CUDA_R_64F : CUDA_R_32F));
+    const cudaDataType scale = p.in == DType::f64 ? CUDA_R_64F : CUDA_R_32F;
+    KNOCK_LT(cublasLtMatmulDescCreate(description_.place(), p.compute, scale));
     set(CUBLASLT_MATMUL_DESC_TRANSA, p.b.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     set(CUBLASLT_MATMUL_DESC_TRANSB, p.a.transposed ? CUBLAS_OP_T : CUBLAS_OP_N);
     const Epilogue& e = p.epilogue;
@@ -183,7 +190,7 @@ class Preference {
 /// The algorithms that were proposed, by all that they depend on.
 class Algorithms {
  public:
-  using Key = std::array<int64_t, 25>;
+  using Key = std::array<int64_t, 26>;
   using Choice = cublasLtMatmulHeuristicResult_t;
 
   static Algorithms& instance() {
@@ -207,6 +214,7 @@ Algorithms::Key key_of(const Product& p) {
   return {current_device(),
           static_cast<int64_t>(p.in),
           static_cast<int64_t>(p.out_type),
+          p.compute,
           p.m,
           p.n,
           p.k,
@@ -351,6 +359,7 @@ void run_batches(double alpha, const Array& a, const Array& b, double beta, cons
   const int64_t rank = a.rank();
   Product p{.in = a.dtype,
             .out_type = out.dtype,
+            .compute = compute_type(a.dtype),
             .m = a.shape[rank - 2],
             .n = b.shape[rank - 1],
             .k = a.shape[rank - 1],

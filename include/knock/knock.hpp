@@ -12,6 +12,7 @@
 #include <knock/core/parallel.hpp>
 #include <knock/core/philox.hpp>
 #include <knock/core/print.hpp>
+#include <knock/core/products.hpp>
 #include <knock/core/rounded.hpp>
 #include <knock/core/shape.hpp>
 #include <knock/core/state_dict.hpp>

@@ -22,6 +22,7 @@ struct Preference {
 struct Algorithm {
   uint64_t magic, workspace;
   std::array<uint32_t, 4> alignment;
+  cublasComputeType_t compute;
 };
 constexpr uint64_t algorithm_magic = 0x6b6e6f636b2d6c74;
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
@@ -164,6 +165,9 @@ bool is_aligned(const void* data, uint32_t to) { return reinterpret_cast<uintptr
 cublasStatus_t check_algorithm(const Matmul& matmul, const Algorithm& algorithm, void* workspace, std::size_t bytes) {
   if (algorithm.magic != algorithm_magic) {
     return refuse_matmul(CUBLAS_STATUS_INVALID_VALUE, "the algorithm is not one that the heuristic gave");
+  }
+  if (algorithm.compute != matmul.of.compute) {
+    return refuse_matmul(CUBLAS_STATUS_INVALID_VALUE, "the algorithm was chosen for another compute type");
   }
   if (bytes < algorithm.workspace || (algorithm.workspace > 0 && !is_device_address(workspace))) {
     return refuse_matmul(CUBLAS_STATUS_INVALID_VALUE,
@@ -335,7 +339,7 @@ cublasStatus_t CUBLASWINAPI cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t hand
   if (verdict.status != CUBLAS_STATUS_SUCCESS) return verdict.status;
   results[0] = {};
   const Algorithm algorithm{algorithm_magic, std::min<uint64_t>(wish->most_workspace, wanted_workspace),
-                            wish->alignment};
+                            wish->alignment, of->compute};
   std::memcpy(&results[0].algo, &algorithm, sizeof algorithm);
   results[0].workspaceSize = algorithm.workspace;
   results[0].state = CUBLAS_STATUS_SUCCESS;
