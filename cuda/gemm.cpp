@@ -7,21 +7,18 @@
 // shape is asked for once.
 
 #include "allocator.hpp"
-#include "device.hpp"
+#include "cublas.hpp"
 #include "error.hpp"
 #include "kernels.hpp"
-#include "lifetime.hpp"
 #include "stream.hpp"
 
 #include <knock/core/loop_nest.hpp>
-#include <knock/core/products.hpp>
 #include <knock/ops/pointwise_functors.hpp>
 
 #include <cublasLt.h>
 
 #include <array>
 #include <map>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -35,33 +32,11 @@ void check_lt(cublasStatus_t status, const char* call) {
 }
 #define KNOCK_LT(call) check_lt((call), #call)
 
-/// cublasLt's handles, by device.
-struct OwnHandle {
-  std::once_flag made;
-  cublasLtHandle_t handle = nullptr;
-};
-std::array<OwnHandle, max_devices> handles;
-
-void destroy_handles() {
-  for (OwnHandle& own : handles)
-    if (own.handle) cublasLtDestroy(own.handle);
-}
-
 cublasLtHandle_t handle() {
-  static std::once_flag noted;
-  std::call_once(noted, [] { at_shut_down(destroy_handles); });
-  OwnHandle& own = handles[static_cast<std::size_t>(current_device())];
-  std::call_once(own.made, [&] { KNOCK_LT(cublasLtCreate(&own.handle)); });
-  return own.handle;
-}
-
-cublasComputeType_t compute_type(DType in) {
-  if (in == DType::f64) return CUBLAS_COMPUTE_64F;
-  return in == DType::f32 && allow_tf32() ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
-}
-
-cudaDataType type_of(DType dtype) {
-  return dtype == DType::f64 ? CUDA_R_64F : dtype == DType::f32 ? CUDA_R_32F : CUDA_R_16BF;
+  cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+  const cublasLtHandle_t own = Handles<cublasLtHandle_t, cublasLtCreate, cublasLtDestroy>::get(status);
+  check_lt(status, "cublasLtCreate");
+  return own;
 }
 
 // What cublasLt is told

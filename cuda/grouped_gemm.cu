@@ -195,7 +195,7 @@ void rows_times_experts(const char* name, const Experts& experts, const SortedRo
                         bool b_by_k, const Array& out) {
   const GroupedProblem p{experts, a, b, out.data, out.dtype, b_by_k ? b.n : b.rows, b_by_k ? b.rows : b.n};
   if (experts.slots == 0 || p.n == 0) return;
-  if (rows_times_experts_mma(name, p, b_by_k)) return;
+  if (rows_times_experts_cublas(p, b_by_k) || rows_times_experts_mma(name, p, b_by_k)) return;
   const Grid grid = row_grid(experts, (p.n + side - 1) / side);
   if (a.dtype == DType::f64) {
     launch(name, rows_times_experts_tile<double>, grid, p, b_by_k);
@@ -208,7 +208,7 @@ void gate_experts(const char* name, const Experts& experts, const SortedRows& x,
                   const Gated& out) {
   const GroupedProblem p{.experts = experts, .a = x, .matrices = gate_and_up, .n = gate_and_up.rows, .k = x.n};
   if (experts.slots == 0 || out.ffn == 0) return;
-  if (gate_experts_mma(name, p, out)) return;
+  if (gate_experts_cublas(p, out) || gate_experts_mma(name, p, out)) return;
   dispatch_float(x.dtype, "moe_experts", [&]<class T>(Type<T>) {
     launch(name, gate_experts_tile<T>, row_grid(experts, (2 * out.ffn + side - 1) / side), p, out);
   });
@@ -218,7 +218,7 @@ void gate_experts_backward(const char* name, const Experts& experts, const Sorte
                            const GatedBackward& gate) {
   const GroupedProblem p{.experts = experts, .a = dy, .matrices = down, .n = gate.ffn, .k = dy.n};
   if (experts.slots == 0 || gate.ffn == 0) return;
-  if (gate_experts_backward_mma(name, p, gate)) return;
+  if (gate_experts_backward_cublas(p, gate) || gate_experts_backward_mma(name, p, gate)) return;
   dispatch_float(dy.dtype, "moe_experts", [&]<class T>(Type<T>) {
     launch(name, gate_experts_backward_tile<T>, row_grid(experts, (gate.ffn + side - 1) / side), p, gate);
   });
@@ -226,7 +226,8 @@ void gate_experts_backward(const char* name, const Experts& experts, const Sorte
 
 void experts_from_rows(const char* name, const Experts& experts, const RowsProduct& first, const RowsProduct& second,
                        bool add) {
-  if (experts_from_rows_mma(name, experts, first, second, add)) return;
+  if (experts_from_rows_cublas(experts, first, second, add) || experts_from_rows_mma(name, experts, first, second, add))
+    return;
   const RowsProblem p = rows_problem(experts, first, second, add, side);
   const Grid grid{p.blocks_of_first + blocks_of(experts, second, side), threads};
   if (first.a.dtype == DType::f64) {

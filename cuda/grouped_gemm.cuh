@@ -8,13 +8,15 @@
 //   experts_from_rows      out_e (m, n) = sum over e's rows of a(row, m) b(row, n), or += that sum
 //
 // Rows are read where they lie: `token_of` names the token of each sorted row. Two families of kernels: multiply-adds
-// in f32 or f64 for every dtype, and bf16 on the tensor cores.
+// in f32 or f64 for every dtype, and bf16 on the tensor cores. By choice (core/products.hpp) cuBLAS makes the products.
 
 #include "device.hpp"
 #include "launch.cuh"
 
 #include <knock/core/backend.hpp>
 #include <knock/core/math.hpp>
+
+#include <vector>
 
 namespace knock::cuda {
 
@@ -24,6 +26,7 @@ struct Experts {
   const int32_t* token_of = nullptr;  ///< each sorted row's
   int64_t count = 0;                  ///< E
   int64_t slots = 0;                  ///< places for sorted rows
+  const int64_t* starts = nullptr;    ///< the offsets on the host, where cuBLAS makes the products
 };
 
 /// Rows of n numbers: sorted ones, or with `by_token` those of the tokens that the sorted ones belong to.
@@ -164,6 +167,15 @@ bool gate_experts_mma(const char* name, const GroupedProblem& p, const Gated& ou
 bool gate_experts_backward_mma(const char* name, const GroupedProblem& p, const GatedBackward& gate);
 bool experts_from_rows_mma(const char* name, const Experts& experts, const RowsProduct& first,
                            const RowsProduct& second, bool add);
+
+/// The offsets, read by the host, where cuBLAS was chosen; else empty. Error in a graph, and where cuBLAS is too old.
+std::vector<int64_t> starts_for_cublas(const Experts& experts);
+/// cuBLAS's products; false, and nothing done, where it was not chosen, for operands of two dtypes and for rows that
+/// are not pieces of 16 bytes.
+bool rows_times_experts_cublas(const GroupedProblem& p, bool b_by_k);
+bool gate_experts_cublas(const GroupedProblem& p, const Gated& out);
+bool gate_experts_backward_cublas(const GroupedProblem& p, const GatedBackward& gate);
+bool experts_from_rows_cublas(const Experts& experts, const RowsProduct& first, const RowsProduct& second, bool add);
 
 /// A tile of an expert's rows.
 struct RowTile {

@@ -1,6 +1,6 @@
 // Routed experts: slots sorted by expert once, then products over each expert's rows (grouped_gemm.cuh). What is added
 // up for a token is read from its slots' places in their order: no atomics, the same bits each time. Nothing waits for
-// the device: how many rows an expert has stays there.
+// the device, unless cuBLAS was chosen: how many rows an expert has stays there.
 
 #include "allocator.hpp"
 #include "findings.hpp"
@@ -181,12 +181,18 @@ struct Layer {
         per_token(std::max<int64_t>(in.weights.shape[1], 1)),
         order(in.order.as<const int64_t>()),
         place_of(in.places.as<const int32_t>()),
-        experts{in.offsets.as<const int64_t>(), place_of + slots, in.gate.shape[0], slots} {}
+        experts{in.offsets.as<const int64_t>(), place_of + slots, in.gate.shape[0], slots},
+        starts(starts_for_cublas(experts)) {
+    if (!starts.empty()) experts.starts = starts.data();
+  }
+  Layer(const Layer&) = delete;
+  Layer& operator=(const Layer&) = delete;
 
   int64_t tokens, features, ffn, slots, per_token;
   const int64_t* order;
   const int32_t* place_of;  ///< of each slot; behind them each place's token
   Experts experts;
+  std::vector<int64_t> starts;  ///< what the experts name
 };
 
 /// Weights in the dtype of the activations: themselves, or a rounded copy.

@@ -1,6 +1,7 @@
 // How many kernels ops launch, as the simulator counts them: what is fused stays fused.
 
 #include <knock/autograd/engine.hpp>
+#include <knock/core/products.hpp>
 #include <knock/ops/attention.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/index.hpp>
@@ -14,6 +15,7 @@
 
 #include <doctest/doctest.h>
 #include <counters.hpp>
+#include <runtime.hpp>
 
 #include <functional>
 #include <map>
@@ -43,6 +45,14 @@ Launches launches(const std::function<void()>& body) {
   for (const auto& [name, counters] : cuda_sim::kernel_counters())
     if (!name.starts_with("copy ")) out[name] = counters.launches;
   return out;
+}
+
+/// How often the host waits for the device.
+uint64_t waits(const std::function<void()>& body) {
+  synchronize("cuda:0");
+  const uint64_t before = cuda_sim::host_waits();
+  body();
+  return cuda_sim::host_waits() - before;
 }
 
 Tensor on_device(const Shape& shape, DType dtype = DType::f32) { return randn(shape).to(dtype).to("cuda:0"); }
@@ -141,6 +151,36 @@ TEST_CASE("launches: experts are five forward, four backward") {
           sum(linear(doubled, w));
       CHECK(launches([&] { both.backward(); }).of("Add") == 1);  // to the gradient that x holds
     }
+}
+
+TEST_CASE("launches: experts by cuBLAS are its products and what is between them, with one wait in each direction") {
+  constexpr int64_t tokens = 40, experts = 4, features = 32, ffn = 16;
+  set_experts_by_cublas(true);
+  struct Dtypes {
+    DType x, matrices;
+    uint64_t by_cublas, backward;
+  };
+  for (const Dtypes& dtypes : {Dtypes{DType::bf16, DType::bf16, 4, 13}, Dtypes{DType::bf16, DType::f32, 3, 10},
+                               Dtypes{DType::f32, DType::f32, 4, 13}, Dtypes{DType::f64, DType::f64, 4, 13}}) {
+    INFO(text(dtypes.x, " ", dtypes.matrices));
+    const Tensor x = leaf({tokens, features}, dtypes.x), share = leaf({tokens, 2}, dtypes.x),
+                 gate = leaf({experts, ffn, features}, dtypes.matrices),
+                 up = leaf({experts, ffn, features}, dtypes.matrices),
+                 down = leaf({experts, features, ffn}, dtypes.matrices), dy = on_device({tokens, features}, dtypes.x),
+                 indices = randint(0, experts, {tokens, 2}).to("cuda:0");
+    Tensor y;
+    const auto run = [&] { y = moe_experts(x, indices, share, gate, up, down); };
+    run();  // matrices are rounded
+    CHECK(waits(run) == 1);
+    CHECK(waits([&] { y.backward(dy, {.retain_graph = true}); }) == 1);
+    for (const Tensor& each : {x, share, gate, up, down}) Tensor(each).set_grad({});
+    const Launches in_forward = launches(run), in_backward = launches([&] { y.backward(dy); });
+    CHECK(in_forward.of("cublas") == 2);  // gate with up, down
+    CHECK(in_forward.of() == 9);          // sorting 2, gathering, places of the products 2, SwiGLU, the sum over slots
+    CHECK(in_backward.of("cublas") == dtypes.by_cublas);  // down; gate, up; weights
+    CHECK(in_backward.of() == dtypes.backward);
+  }
+  set_experts_by_cublas(false);
 }
 
 TEST_CASE("launches: a router's product, of bf16 rows and f32 weights, is one forward, two backward") {

@@ -1,6 +1,8 @@
 // Experts on CUDA: what tiles make of their rows and columns, beside the CPU's kernels in f64.
 
 #include <knock/autograd/engine.hpp>
+#include <knock/core/graph.hpp>
+#include <knock/core/products.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/moe.hpp>
 #include <knock/ops/pointwise.hpp>
@@ -89,4 +91,22 @@ TEST_CASE("experts on cuda: tiles of rows and columns that are full or not, besi
       }
     }
   }
+}
+
+TEST_CASE("experts on cuda: cuBLAS's products make no graph, ours do") {
+  manual_seed(42);
+  const bool before = experts_by_cublas();
+  const Given given({20, 2, 3, 16, 8});
+  Tensors in;
+  for (const Tensor& each : given.tensors) in.push_back(each.to(DType::f32).to("cuda:0"));
+  const Tensor indices = given.indices.to("cuda:0");
+  const auto forward = [&] { moe_experts(in[0], indices, in[1], in[2], in[3], in[4]); };
+  for (const bool by_cublas : {true, false}) {
+    set_experts_by_cublas(by_cublas);
+    forward();
+    const std::string error = test::error_of([&] { Graph::capture("cuda:0", forward).replay(); });
+    CHECK(test::contains(error, "product of experts by cuBLAS") == by_cublas);
+    CHECK(error.empty() != by_cublas);
+  }
+  set_experts_by_cublas(before);
 }

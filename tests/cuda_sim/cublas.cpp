@@ -1,10 +1,10 @@
 // The API of cublasLt: its objects, attributes and the heuristic. The product itself: matmul.cpp.
 
+#include "cublas_objects.hpp"
 #include "matmul.hpp"
 
 #include <algorithm>
 #include <cstring>
-#include <set>
 
 namespace cuda_sim {
 namespace {
@@ -27,42 +27,7 @@ struct Algorithm {
 constexpr uint64_t algorithm_magic = 0x6b6e6f636b2d6c74;
 static_assert(sizeof(Algorithm) <= sizeof(cublasLtMatmulAlgo_t));
 
-std::size_t live_handles = 0;
 uint64_t asked_for_algorithms = 0;
-
-std::set<const void*>& objects() {
-  static auto* all = new std::set<const void*>;
-  return *all;
-}
-
-template <class Object, class Handle>
-cublasStatus_t create(Handle* handle, const Object& object) {
-  if (handle == nullptr) return CUBLAS_STATUS_INVALID_VALUE;
-  auto* made = new Object(object);
-  const std::lock_guard lock(runtime_mutex());
-  objects().insert(made);
-  *handle = reinterpret_cast<Handle>(made);
-  return CUBLAS_STATUS_SUCCESS;
-}
-
-template <class Object>
-cublasStatus_t destroy(const void* handle) {
-  const std::lock_guard lock(runtime_mutex());
-  if (objects().erase(handle) == 0) {
-    report("cublasLt: an object is destroyed that is none, or was destroyed before");
-    return CUBLAS_STATUS_INVALID_VALUE;
-  }
-  delete static_cast<const Object*>(handle);
-  return CUBLAS_STATUS_SUCCESS;
-}
-
-// Null, after a report, for what is none.
-template <class Object, class Handle>
-Object* object_of(Handle handle) {
-  if (objects().contains(handle)) return reinterpret_cast<Object*>(handle);
-  report("cublasLt: use of an object that is none, or was destroyed");
-  return nullptr;
-}
 
 template <class T>
 cublasStatus_t set(T& attribute, const void* value, std::size_t bytes) {
@@ -184,17 +149,6 @@ cublasStatus_t check_algorithm(const Matmul& matmul, const Algorithm& algorithm,
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// The workspace is written: two streams must not share one.
-void use_workspace(void* workspace, std::size_t bytes) {
-  if (bytes == 0) return;
-  const auto* range = find(workspace);
-  if (range != nullptr && static_cast<char*>(workspace) + bytes <= range->data + range->bytes) {
-    return write_range(workspace, bytes);
-  }
-  report("cublasLtMatmul: workspace of " + std::to_string(bytes) + " bytes from " + describe_address(workspace));
-  set_sticky_error(cudaErrorIllegalAddress);
-}
-
 cublasStatus_t submit_matmul(const Matmul& matmul, const Algorithm* algorithm, void* workspace, std::size_t bytes,
                              cudaStream_t stream) {
   if (matmul.of.pointer_mode != CUBLASLT_POINTER_MODE_HOST)
@@ -208,7 +162,7 @@ cublasStatus_t submit_matmul(const Matmul& matmul, const Algorithm* algorithm, v
     if (status != CUBLAS_STATUS_SUCCESS) return status;
   }
   const auto error = submit(stream, {name_of(matmul), [=] {
-                                       use_workspace(workspace, used);
+                                       use_workspace("cublasLtMatmul", workspace, used);
                                        if (sticky_error() == cudaSuccess) run(matmul);
                                      }});
   return noted(error) == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
@@ -216,8 +170,28 @@ cublasStatus_t submit_matmul(const Matmul& matmul, const Algorithm* algorithm, v
 
 }  // namespace
 
+std::set<const void*>& cublas_objects() {
+  static auto* all = new std::set<const void*>;
+  return *all;
+}
+
+std::size_t& live_cublas_handles() {
+  static std::size_t count = 0;
+  return count;
+}
+
 // Handles do not count: programs keep them to the end, as the library may be gone by then.
-std::size_t live_cublas_objects() { return objects().size() - live_handles; }
+std::size_t live_cublas_objects() { return cublas_objects().size() - live_cublas_handles(); }
+
+void use_workspace(const char* call, void* workspace, std::size_t bytes) {
+  if (bytes == 0) return;
+  const auto* range = find(workspace);
+  if (range != nullptr && static_cast<char*>(workspace) + bytes <= range->data + range->bytes) {
+    return write_range(workspace, bytes);
+  }
+  report(std::string(call) + ": workspace of " + std::to_string(bytes) + " bytes from " + describe_address(workspace));
+  set_sticky_error(cudaErrorIllegalAddress);
+}
 
 uint64_t algorithm_requests() { return asked_for_algorithms; }
 
@@ -227,18 +201,9 @@ using namespace cuda_sim;
 
 extern "C" {
 
-cublasStatus_t CUBLASWINAPI cublasLtCreate(cublasLtHandle_t* handle) {
-  if (device_count() == 0) return CUBLAS_STATUS_NOT_INITIALIZED;
-  const auto status = create(handle, Handle{});
-  if (status == CUBLAS_STATUS_SUCCESS) ++live_handles;
-  return status;
-}
+cublasStatus_t CUBLASWINAPI cublasLtCreate(cublasLtHandle_t* handle) { return create_handle(handle, Handle{}); }
 
-cublasStatus_t CUBLASWINAPI cublasLtDestroy(cublasLtHandle_t handle) {
-  const auto status = destroy<Handle>(handle);
-  if (status == CUBLAS_STATUS_SUCCESS) --live_handles;
-  return status;
-}
+cublasStatus_t CUBLASWINAPI cublasLtDestroy(cublasLtHandle_t handle) { return destroy_handle<Handle>(handle); }
 
 size_t CUBLASWINAPI cublasLtGetVersion() { return CUBLAS_VERSION; }
 size_t CUBLASWINAPI cublasLtGetCudartVersion() { return CUDART_VERSION; }

@@ -109,7 +109,7 @@ bool check_bounds(const Matrix& matrix, const char* operand) {
   const auto* range = find(matrix.data);
   const auto* end = matrix.row(matrix.outer - 1) + matrix.row_bytes();
   if (range != nullptr && end <= range->data + range->bytes) return true;
-  report(std::string("cublasLtMatmul: ") + operand + " of " + std::to_string(end - matrix.data) + " bytes from " +
+  report(std::string("cuBLAS: ") + operand + " of " + std::to_string(end - matrix.data) + " bytes from " +
          describe_address(matrix.data));
   set_sticky_error(cudaErrorIllegalAddress);
   return false;
@@ -126,7 +126,7 @@ void for_each_range(const Matrix& of, Visit visit) {
 
 void note_read(const Matrix& of, const char* operand) {
   for_each_range(of, [&](char* data, std::size_t bytes) {
-    read_range(data, bytes, (std::string("cublasLtMatmul, as ") + operand + ",").c_str());
+    read_range(data, bytes, (std::string("cuBLAS, as ") + operand + ",").c_str());
   });
 }
 
@@ -299,7 +299,7 @@ void run_one(const Matmul& matmul, int64_t batch) {
 void count(const Matmul& matmul) {
   const auto elements = [](const MatrixLayout& of) { return of.rows * of.columns * static_cast<uint64_t>(of.batches); };
   Counters counters;
-  counters.launches = 1;
+  counters.launches = matmul.is_launch ? 1 : 0;
   counters.fma_lanes = static_cast<uint64_t>(matmul.m() * matmul.n() * matmul.k() * matmul.d.batches);
   counters.global_bytes_read = elements(matmul.a) * size_of(matmul.a.type) +
                                elements(matmul.b) * size_of(matmul.b.type) +

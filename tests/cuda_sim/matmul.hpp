@@ -42,6 +42,7 @@ struct Matmul {
   const void *a_data = nullptr, *b_data = nullptr, *c_data = nullptr;
   void* d_data = nullptr;
   double alpha = 1, beta = 0;
+  bool is_launch = true;  ///< false: a part of one that has been counted
 
   int64_t m() const { return static_cast<int64_t>(d.rows); }
   int64_t n() const { return static_cast<int64_t>(d.columns); }
