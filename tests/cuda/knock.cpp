@@ -1,17 +1,18 @@
 // The knock, norm and rotation of heads in one kernel: head dimensions and tiles, beside the CPU's kernels in f64.
 
+#include "support/launches.hpp"
+
 #include <knock/autograd/engine.hpp>
 #include <knock/ops/binary.hpp>
 #include <knock/ops/knock_norm_rope.hpp>
 #include <knock/ops/view.hpp>
 
 #include <doctest/doctest.h>
-#include <counters.hpp>
 
 #include <support/compare.hpp>
 
 using namespace knock;
-using cuda_sim::launches;
+using test::launches;
 
 namespace {
 
@@ -44,6 +45,7 @@ Tensors run(const Problem& p, const Tensors& in, const Tensor& positions, Device
 
 /// One kernel of the family each way, the angles', the one that adds up the weight's gradient, and none besides.
 void check_launches(const Problem& p, Made made) {
+  if (!test::counts_launches) return;
   for (const std::string part : {"_mma<", "_general<"}) {
     const uint64_t expected = made == (part == "_mma<" ? Made::tensor_cores : Made::multiply_adds);
     CHECK(launches("knock_norm_rope" + part) == expected);
@@ -70,7 +72,7 @@ void check_problem(const Problem& p, Made made = Made::tensor_cores) {
   const auto on_device = [&] {
     return run(p, in, positions, "cuda:0", p.dtype, p.wide_parameters ? DType::f32 : p.dtype);
   };
-  cuda_sim::reset_kernel_counters();
+  test::forget_launches();
   const Tensors found = on_device();
   check_launches(p, made);
   const Tensors again = on_device();
