@@ -3,7 +3,8 @@
 //   ./run bench gpu-ledger [--config NAME] [--micro-batches N] [--rows N] [--json] [--model.key=value]
 //   NAME: moe-2b3-a0b44 (default) or another of train_step's; in bf16
 //
-// The step is that of `train_step`: forward and backward of N micro-batches (1), then clipping and AdamW. The launches
+// The step is that of the configuration, 512 micro-batches for moe-2b3-a0b44 and 1 for the others, or N: forward and
+// backward of each, then clipping and AdamW. The launches
 // are those of the CUDA back-end's own host code at the full size, executed by nobody; bytes and FLOPs of its kernels
 // are measured where cuda_sim executes a model of the same proportions (ledger.hpp). The model itself is made in host
 // memory: 4 bytes a parameter.
@@ -237,7 +238,7 @@ void print(const bench::Options& options, const bench::StepArguments& arguments,
 int main(int argc, char** argv) {
   return bench::run(argc, argv, {"config", "micro-batches", "rows", "model."}, [](const bench::Options& options) {
     const bench::StepArguments arguments = bench::parse_step(options, "moe-2b3-a0b44", "bf16");
-    const int micro_batches = options.number("micro-batches", 1);
+    const int micro_batches = options.number("micro-batches", static_cast<int>(arguments.trainer.train.grad_accum));
     const train::Config small = reduced(arguments.trainer);
     set_up_devices(arguments.trainer, small);
     bench::ledger::Recorder recorder;

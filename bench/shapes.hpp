@@ -15,6 +15,7 @@ namespace bench {
 
 struct StepShape {
   int64_t batch, tokens;
+  int micro_batches = 1;  ///< of this shape, to an update
 };
 
 /// The named shapes: a model and the tokens of a step.
@@ -30,10 +31,10 @@ inline StepShape apply_shape(const std::string& name, knock::models::MoeLmConfig
       {"long", 8192, 4, 512, 8, 2, 64, 16, 4, 256, {1, 8192}},
       {"many", 8192, 4, 512, 8, 2, 64, 128, 8, 96, {4, 512}},
       {"dense", 8192, 8, 512, 8, 8, 64, 0, 0, 1408, {4, 512}},
-      {"moe-6b1-layer", 2048, 1, 2048, 32, 4, 128, 128, 8, 384, {1, 1024}},    // one layer of
-                                                                               // configs/paper/moe-6b1-a1b.toml
-      {"moe-2b3-a0b44", 157184, 12, 1152, 32, 4, 128, 64, 4, 768, {1, 8192}},  // all of
-                                                                               // configs/paper/moe-2b3-a0b44.toml
+      {"moe-6b1-layer", 2048, 1, 2048, 32, 4, 128, 128, 8, 384, {1, 1024}},         // one layer of
+                                                                                    // configs/paper/moe-6b1-a1b.toml
+      {"moe-2b3-a0b44", 157184, 12, 1152, 32, 4, 128, 64, 4, 768, {1, 8192, 512}},  // all of
+                                                                                    // configs/paper/moe-2b3-a0b44.toml
   };
   if (name == "default") return {knock::train::TrainOptions().batch_size, knock::train::TrainOptions().seq_len};
   for (const Row& row : rows) {
@@ -80,6 +81,7 @@ inline StepArguments parse_step(const Options& options, const std::string& confi
   try {
     const StepShape step = apply_shape(out.config, out.trainer.model);
     out.trainer.train.batch_size = step.batch, out.trainer.train.seq_len = step.tokens;
+    out.trainer.train.grad_accum = step.micro_batches;
     for (const std::string& assignment : options.assignments("model."))
       knock::train::apply_override(out.trainer, assignment);
     knock::train::apply_override(out.trainer, "train.precision=" + options.text("precision", precision));

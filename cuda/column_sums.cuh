@@ -1,10 +1,13 @@
 #pragma once
-// Sums over rows, for the gradients of weights: each team adds up its own rows, and then the teams' sums are added in
-// order. How rows are shared out depends on the shape alone: the same bits each time.
+// Sums over rows, for the gradients of weights: each team adds up its own rows, and the blocks that are the last to end
+// add the teams' sums in order. How rows are shared out depends on the shape alone: the same bits each time.
 
 #include "allocator.hpp"
 #include "rows.cuh"
+#include "stream.hpp"
 
+#include <cmath>
+#include <optional>
 #include <span>
 
 namespace knock::cuda {
@@ -38,7 +41,7 @@ struct ColumnTotals {
     }
   }
   bool wanted() const { return out[0] || out[1]; }
-  int64_t columns() const { return n * count; }
+  __host__ __device__ int64_t columns() const { return n * count; }
   __device__ void write(int64_t column, C sum) const {
     const bool second = column >= n;
     C* const to = second ? out[1] : out[0];
@@ -47,53 +50,83 @@ struct ColumnTotals {
   }
 };
 
-/// totals[c] = sum over p of partial[p][c], n columns: 32 of them for each block, whose warps take every eighth part.
-template <class C>
-__global__ void __launch_bounds__(team_threads)
-    add_row_parts(const C* partial, int64_t parts, int64_t n, ColumnTotals<C> totals) {
-  constexpr int warps = team_threads / warp_size;
-  __shared__ C sums[warps][warp_size];
-  const int lane = static_cast<int>(threadIdx.x) % warp_size, warp = static_cast<int>(threadIdx.x) / warp_size;
-  for (int64_t begin = static_cast<int64_t>(blockIdx.x) * warp_size; begin < n;
-       begin += static_cast<int64_t>(gridDim.x) * warp_size) {
-    const int64_t column = begin + lane;
+/// to(c, sum of column c) for rows of n columns, by all threads of a block.
+template <class C, class To>
+__device__ void sum_columns(const C* from, int64_t rows, int64_t n, To&& to) {
+  for (int64_t column = threadIdx.x; column < n; column += blockDim.x) {
     C sum = 0;
-    for (int64_t p = warp; p < parts && column < n; p += warps) sum += partial[p * n + column];
-    sums[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < n) {
-      for (int w = 1; w < warps; ++w) sum += sums[w][lane];
-      totals.write(column, sum);
-    }
-    __syncthreads();
+    for (int64_t row = 0; row < rows; ++row) sum += from[row * n + column];
+    to(column, sum);
   }
 }
+
+/// Whether this block is the last of `all` to come here. That one sees what the others have written before: each
+/// block's threads meet, and the fences order what they met with around the counter. The counter is 0 before and after.
+__device__ inline bool is_last_of(unsigned all, unsigned* counter) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(counter, all - 1) == all - 1;
+    if (last) __threadfence();
+  }
+  __syncthreads();
+  return last;
+}
+
+/// The sums of all parts, as kernels take them.
+template <class C>
+struct Parts {
+  C* sums;             ///< (count, columns), then those of groups of blocks; null: no gradient is wanted
+  unsigned* counters;  ///< of groups that are done, then for each group of its blocks
+  int64_t count;
+  unsigned each, group;  ///< parts of a block, blocks of a group
+  ColumnTotals<C> totals;
+
+  __device__ C* of(int64_t part) const { return sums ? sums + part * totals.columns() : nullptr; }
+
+  /// Adds the parts up, into the gradients: for all threads of every block, once its parts are written. The last block
+  /// of a group adds up the group's, the last of all the groups', each in order.
+  __device__ void add_up() const {
+    if (!sums) return;
+    const unsigned own = blockIdx.x / group, groups = (gridDim.x + group - 1) / group;
+    if (!is_last_of(min(group, gridDim.x - own * group), counters + 1 + own)) return;
+    const int64_t first = int64_t{own} * group * each, behind = min(first + int64_t{group} * each, count);
+    sum_columns(of(first), behind - first, totals.columns(),
+                [&](int64_t column, C sum) { of(count + own)[column] = sum; });
+    if (!is_last_of(groups, counters)) return;
+    sum_columns(of(count), groups, totals.columns(), [&](int64_t column, C sum) { totals.write(column, sum); });
+  }
+};
 
 /// Room for the sums of all parts, those of one gradient's n columns beside the other's; none where no gradient is
 /// wanted.
 template <class C>
 class PartialSums {
  public:
-  PartialSums(int64_t parts, int64_t n, std::span<const GradientSum> gradients)
-      : parts_(parts),
-        totals_(n, gradients),
-        memory_(totals_.wanted() ? parts * totals_.columns() * static_cast<int64_t>(sizeof(C)) : 0) {}
-  PartialSums(int64_t parts, int64_t n, const GradientSum& gradient) : PartialSums(parts, n, std::span(&gradient, 1)) {}
-
-  /// (parts, gradients, n), or null.
-  C* data() const { return totals_.wanted() ? memory_.as<C>() : nullptr; }
-  /// Adds the parts up, into the gradients.
-  void add_up(const char* name) const {
+  /// Of `count` parts, `each` of them in a block. The grid gets a block where it had none: who else would write zeros?
+  PartialSums(Grid& grid, int64_t count, int64_t each, int64_t n, std::span<const GradientSum> gradients)
+      : totals_(n, gradients), count_(count), each_(static_cast<unsigned>(each)) {
     if (!totals_.wanted()) return;
-    const int64_t n = totals_.columns(), blocks = (n + warp_size - 1) / warp_size;
-    launch(name, add_row_parts<C>, grid_of_blocks(blocks, team_threads), static_cast<const C*>(data()), parts_, n,
-           totals_);
+    grid.blocks = std::max<int64_t>(grid.blocks, 1);
+    const auto root = static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(grid.blocks))));
+    const int64_t group = std::max(root, (grid.blocks + most_groups - 1) / most_groups);
+    group_ = static_cast<unsigned>(group);
+    const int64_t rows = count + (grid.blocks + group - 1) / group;
+    memory_.emplace(rows * totals_.columns() * static_cast<int64_t>(sizeof(C)));
+  }
+
+  Parts<C> parts() const {
+    return {
+        memory_ ? memory_->as<C>() : nullptr, memory_ ? current_counters() : nullptr, count_, each_, group_, totals_};
   }
 
  private:
-  int64_t parts_;
+  static constexpr int64_t most_groups = Stream::counters - 1;
   ColumnTotals<C> totals_;
-  Scratch memory_;
+  int64_t count_;
+  unsigned each_, group_ = 1;
+  std::optional<Scratch> memory_;
 };
 
 /// What one thread adds up of its part's sums, the columns that it has: in registers where rows are held, otherwise

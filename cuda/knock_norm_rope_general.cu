@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(tile_threads, 2)
     knock_norm_rope_backward_general(const __grid_constant__ KnockRows<typename Shape::Element> p,
                                      const typename Shape::Element* stats, const typename Shape::Element* dy,
                                      typename Shape::Element* dproduct, typename Shape::Element* dx,
-                                     typename Shape::Element* part_dweight) {
+                                     const __grid_constant__ Parts<typename Shape::Element> dweights) {
   using C = typename Shape::Element;
   C* const tile = reinterpret_cast<C*>(shared_memory);        // (rows, D): x, then the gradients
   C* const product = tile + Shape::rows * Shape::row_length;  // (rows, D)
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(tile_threads, 2)
     __syncthreads();
     rotate_rows<Shape>(p, tile, first);
     __syncthreads();
-    if (part_dweight) dweight.add(p, tile, product, first, stats);
+    if (dweights.sums) dweight.add(p, tile, product, first, stats);
     __syncthreads();
     if (p.norm) norm_gradient<Shape>(p, tile, product, first, stats);
     __syncthreads();
@@ -238,8 +238,8 @@ __global__ void __launch_bounds__(tile_threads, 2)
     }
     __syncthreads();
   }
-  if (part_dweight)
-    dweight.each(p.depth, [&](int col, C sum) { part_dweight[int64_t{blockIdx.x} * p.depth + col] = sum; });
+  if (dweights.sums) dweight.each(p.depth, [&](int col, C sum) { dweights.of(blockIdx.x)[col] = sum; });
+  dweights.add_up();
 }
 
 template <class Shape>
@@ -285,11 +285,11 @@ void knock_norm_rope_backward_general(const NormRope& options, const Array& x, c
   dispatch(x, [&]<class Shape>(Type<Shape>) {
     using C = typename Shape::Element;
     const KnockRowsOf<C> in(options, x, knock, weight, positions, true);
-    const PartialSums<C> dweight(blocks_of(x, Shape::rows), x.shape.back(), out_dweight);
-    launch("knock_norm_rope_backward", knock_norm_rope_backward_general<Shape>, grid_of<Shape>(x), in.rows(),
+    Grid grid = grid_of<Shape>(x);
+    const PartialSums<C> dweights(grid, grid.blocks, 1, x.shape.back(), {&out_dweight, 1});
+    launch("knock_norm_rope_backward", knock_norm_rope_backward_general<Shape>, grid, in.rows(),
            options.norm ? stats.as<const C>() : nullptr, dy.as<const C>(), out_dproduct.as<C>(),
-           out_dx.defined() ? out_dx.as<C>() : nullptr, dweight.data());
-    dweight.add_up("knock_norm_rope_backward");
+           out_dx.defined() ? out_dx.as<C>() : nullptr, dweights.parts());
   });
 }
 

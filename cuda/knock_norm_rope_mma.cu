@@ -321,12 +321,12 @@ __device__ void add_dweight(const float2* lanes, float* out) {
 template <int D>
 __global__ void __launch_bounds__(threads, 2)
     knock_norm_rope_backward_mma(const __grid_constant__ Bf16Rows p, const float* stats, const bf16* dy, bf16* dproduct,
-                                 bf16* dx, float* part_dweight) {
+                                 bf16* dx, const __grid_constant__ Parts<float> dweights) {
   using Shape = Layout<D>;
   __nv_bfloat16 *const knock = shared_rows, *const up = Shape::tiles_of_warp(shared_rows);
   auto* const sums = reinterpret_cast<float2*>(shared_rows + Shape::elements);  // (warps, D / 8, 32)
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  float2* const dweight = part_dweight ? sums + warp * (D / 8) * 32 : nullptr;
+  float2* const dweight = dweights.sums ? sums + warp * (D / 8) * 32 : nullptr;
   const int step = static_cast<int>(gridDim.x) * block_rows;
 
   for (int t = 0; dweight && t < D / 8; ++t) dweight[t * 32 + lane] = {};
@@ -373,7 +373,8 @@ __global__ void __launch_bounds__(threads, 2)
       store_rows<D>(native(dx), first, p.rows, out, up);
     }
   }
-  if (part_dweight) add_dweight<D>(sums, part_dweight + int64_t{blockIdx.x} * D);
+  if (dweight) add_dweight<D>(sums, dweights.of(blockIdx.x));
+  dweights.add_up();
 }
 
 /// With `dweight`'s sums of the lanes where that is wanted.
@@ -406,13 +407,13 @@ void knock_norm_rope_backward_mma(const NormRope& options, const Array& x, const
                                   const Array& positions, const Array& stats, const Array& dy,
                                   const Array& out_dproduct, const Array& out_dx, const GradientSum& out_dweight) {
   const KnockRowsOf<bf16> in(options, x, knock, weight, positions, true);
-  const PartialSums<float> dweight(blocks_of(x, block_rows), x.shape.back(), out_dweight);
   dispatch_depth<256>(x.shape.back(), [&]<int D>(std::integral_constant<int, D>) {
-    launch("knock_norm_rope_backward", knock_norm_rope_backward_mma<D>, grid_of<D>(x, out_dweight.array.defined()),
-           in.rows(), options.norm ? stats.as<const float>() : nullptr, dy.as<const bf16>(), out_dproduct.as<bf16>(),
-           out_dx.defined() ? out_dx.as<bf16>() : nullptr, dweight.data());
+    Grid grid = grid_of<D>(x, out_dweight.array.defined());
+    const PartialSums<float> dweights(grid, grid.blocks, 1, D, {&out_dweight, 1});
+    launch("knock_norm_rope_backward", knock_norm_rope_backward_mma<D>, grid, in.rows(),
+           options.norm ? stats.as<const float>() : nullptr, dy.as<const bf16>(), out_dproduct.as<bf16>(),
+           out_dx.defined() ? out_dx.as<bf16>() : nullptr, dweights.parts());
   });
-  dweight.add_up("knock_norm_rope_backward");
 }
 
 }  // namespace knock::cuda

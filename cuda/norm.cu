@@ -55,7 +55,7 @@ template <class T, int size, bool held>
 __global__ void __launch_bounds__(team_threads, 1)
     layer_norm_backward_rows(const __grid_constant__ Rows<3> rows, RowParts parts, const T* x,
                              const compute_t<T>* weight, const compute_t<T>* stats, const T* dy, T* out_dx,
-                             compute_t<T>* part_sums) {
+                             const __grid_constant__ Parts<compute_t<T>> sums) {
   using C = compute_t<T>;
   constexpr int fours = held ? held_fours : 1;
   const Team<size> team;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(team_threads, 1)
   const C share = 1 / static_cast<C>(n);
   for (int64_t part = team.index(); part < parts.count; part += team.count()) {
     C centred[fours][4], g[fours][4];
-    C* const place = part_sums ? part_sums + 2 * part * n : nullptr;
+    C* const place = sums.of(part);
     ColumnSums<C, size, held> dweight(team, place, n), dbias(team, place ? place + n : nullptr, n);
     for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
       int64_t at[3];
@@ -102,6 +102,7 @@ __global__ void __launch_bounds__(team_threads, 1)
     dweight.finish(team);
     dbias.finish(team);
   }
+  sums.add_up();
 }
 
 }  // namespace
@@ -127,13 +128,12 @@ void layer_norm_backward(const Array& x, const Array& weight, const Array& stats
   const RowParts parts(rows.count());
   dispatch_float(x.dtype, "layer_norm", [&]<class T>(Type<T>) {
     using C = compute_t<T>;
-    const PartialSums<C> sums(parts.count, rows.n, std::array{out_dweight, out_dbias});
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
+      const PartialSums<C> sums(grid, parts.count, grid.threads / size, rows.n, std::array{out_dweight, out_dbias});
       launch("layer_norm_backward", layer_norm_backward_rows<T, size, held>, grid, rows, parts, x.as<const T>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(),
-             out_dx.defined() ? out_dx.as<T>() : nullptr, sums.data());
+             out_dx.defined() ? out_dx.as<T>() : nullptr, sums.parts());
     });
-    sums.add_up("layer_norm_backward");
   });
 }
 

@@ -346,18 +346,18 @@ __device__ void add_gradients(const HeadGradients<T>& in, const Tokens& tokens,
 template <class T, int size>
 __global__ void __launch_bounds__(size == warp_size ? warp_team_threads : size, 1)
     norm_rope_backward_rows(const __grid_constant__ Both<HeadGradients<T>> all, const __grid_constant__ Tokens tokens,
-                            compute_t<T>* part_dweight) {
+                            const __grid_constant__ Parts<compute_t<T>> sums) {
   using C = compute_t<T>;
   constexpr bool held = Team<size>::is_warp;
   Angles<C, held> angles(tokens);
-  WeightSums<C, size> dweight(
-      tokens, part_dweight ? part_dweight + int64_t{blockIdx.x} * all.count * 2 * tokens.half : nullptr, all.count);
+  WeightSums<C, size> dweight(tokens, sums.of(blockIdx.x), all.count);
   each_tokens<held>(tokens, [&](int64_t first, int count) {
     angles.move_to(first, count);
     add_gradients<0, T, size>(all.each[0], tokens, angles, first, count, dweight);
     if (all.count > 1) add_gradients<1, T, size>(all.each[1], tokens, angles, first, count, dweight);
   });
   dweight.finish(Team<size>{}, tokens, all.count);
+  sums.add_up();
 }
 
 /// Calls `body` with one or two of `all` at a time.
@@ -413,10 +413,9 @@ void norm_rope_backward(const NormRope& options, const Array& positions, std::sp
       });
       with_heads(tokens.half, [&]<int size>(Team<size>) {
         constexpr int64_t most_blocks = 512;  // whose sums are little beside the rows
-        const Grid grid = grid_of_tokens<size>(tokens, most_blocks);
-        const PartialSums<C> dweight(grid.blocks, 2 * tokens.half, dweights);
-        launch("norm_rope_backward", norm_rope_backward_rows<T, size>, grid, in, tokens, dweight.data());
-        dweight.add_up("norm_rope_backward");
+        Grid grid = grid_of_tokens<size>(tokens, most_blocks);
+        const PartialSums<C> dweight(grid, grid.blocks, 1, 2 * tokens.half, dweights);
+        launch("norm_rope_backward", norm_rope_backward_rows<T, size>, grid, in, tokens, dweight.parts());
       });
     });
   });

@@ -49,14 +49,14 @@ template <class T, class S, int size, bool held>
 __global__ void __launch_bounds__(team_threads)
     rms_norm_backward_rows(const __grid_constant__ Rows<5> rows, RowParts parts, const S* x, const compute_t<T>* weight,
                            const compute_t<T>* stats, const T* dy, const S* addend, S* out_dx, T* out_dx_narrow,
-                           compute_t<T>* part_dweight) {
+                           const __grid_constant__ Parts<compute_t<T>> sums) {
   using C = compute_t<T>;
   constexpr int fours = held ? held_fours : 1;
   const Team<size> team;
   const int64_t n = rows.n;
   for (int64_t part = team.index(); part < parts.count; part += team.count()) {
     C in[fours][4], up[fours][4];
-    ColumnSums<C, size, held> dweight(team, part_dweight ? part_dweight + part * n : nullptr, n);
+    ColumnSums<C, size, held> dweight(team, sums.of(part), n);
     for (int64_t row = part * parts.rows_each; row < min(parts.rows, (part + 1) * parts.rows_each); ++row) {
       int64_t at[5];
       rows.walk.offsets(row, at);
@@ -87,6 +87,7 @@ __global__ void __launch_bounds__(team_threads)
     }
     dweight.finish(team);
   }
+  sums.add_up();
 }
 
 /// Calls `body` with the type of a branch and that of the sums it is added to.
@@ -129,13 +130,12 @@ void rms_norm_backward(const Array& x, const Array& weight, const Array& stats, 
   const RowParts parts(rows.count());
   dispatch_sum(dy.dtype, x.dtype, [&]<class T, class S>(Type<T>, Type<S>) {
     using C = compute_t<T>;
-    const PartialSums<C> dweight(parts.count, rows.n, out_dweight);
     with_fours<C>(parts.count, rows.n, [&]<int size, bool held>(Team<size>, std::bool_constant<held>, Grid grid) {
+      const PartialSums<C> dweight(grid, parts.count, grid.threads / size, rows.n, {&out_dweight, 1});
       launch("rms_norm_backward", rms_norm_backward_rows<T, S, size, held>, grid, rows, parts, x.as<const S>(),
              data_or_null<C>(weight), stats.as<const C>(), dy.as<const T>(), out_or_null<const S>(addend),
-             out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.data());
+             out_or_null<S>(out_dx), out_or_null<T>(out_dx_narrow), dweight.parts());
     });
-    dweight.add_up("rms_norm_backward");
   });
 }
 

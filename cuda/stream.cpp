@@ -10,6 +10,7 @@
 
 #include <array>
 #include <mutex>
+#include <optional>
 
 namespace knock::cuda {
 namespace {
@@ -18,24 +19,29 @@ namespace {
 /// released on them.
 struct OwnStream {
   std::once_flag made;
-  cudaStream_t stream = nullptr;
+  std::optional<Stream> stream;
 };
 std::array<OwnStream, max_devices> own_streams;
 
 void destroy_own_streams() {
-  for (OwnStream& own : own_streams)
-    if (own.stream) cudaStreamDestroy(own.stream);
+  for (OwnStream& own : own_streams) own.stream.reset();
 }
 
-cudaStream_t own_stream(int device) {
+const Stream& own_stream(int device) {
   static std::once_flag noted;
   std::call_once(noted, [] { at_shut_down(destroy_own_streams); });
   OwnStream& own = own_streams[static_cast<std::size_t>(device)];
-  std::call_once(own.made, [&] { KNOCK_CUDA(cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking)); });
-  return own.stream;
+  std::call_once(own.made, [&] { own.stream.emplace(); });
+  return *own.stream;
 }
 
-thread_local std::array<cudaStream_t, max_devices> chosen{};  // null: the device's own
+thread_local std::array<const Stream*, max_devices> chosen{};  // null: the device's own
+
+const Stream& this_stream() {
+  const int device = current_device();
+  const Stream* const stream = chosen[static_cast<std::size_t>(device)];
+  return stream ? *stream : own_stream(device);
+}
 
 void order(cudaStream_t first, cudaStream_t second) {
   Event event;
@@ -59,14 +65,18 @@ bool Event::done() const {
   return true;
 }
 
-Stream::Stream() { KNOCK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-Stream::~Stream() { cudaStreamDestroy(stream_); }
-
-cudaStream_t current_stream() {
-  const int device = current_device();
-  const cudaStream_t stream = chosen[static_cast<std::size_t>(device)];
-  return stream ? stream : own_stream(device);
+Stream::Stream() {
+  KNOCK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  KNOCK_CUDA(cudaMalloc(reinterpret_cast<void**>(&counters_), counters * sizeof(unsigned)));
+  KNOCK_CUDA(cudaMemsetAsync(counters_, 0, counters * sizeof(unsigned), stream_));
 }
+Stream::~Stream() {
+  cudaStreamDestroy(stream_);
+  cudaFree(counters_);
+}
+
+cudaStream_t current_stream() { return this_stream().get(); }
+unsigned* current_counters() { return this_stream().counters_on_device(); }
 
 void synchronize_stream() {
   refuse_in_graph("a wait for the device");
@@ -82,16 +92,15 @@ void synchronize_device() {
   synchronize_stream();
 }
 
-StreamGuard::StreamGuard(const Stream& stream)
-    : device_(current_device()), before_(current_stream()), inside_(stream.get()) {
-  order(before_, inside_);
+StreamGuard::StreamGuard(const Stream& stream) : device_(current_device()), before_(&this_stream()), inside_(&stream) {
+  order(before_->get(), inside_->get());
   chosen[static_cast<std::size_t>(device_)] = inside_;
 }
 
 StreamGuard::~StreamGuard() {
   chosen[static_cast<std::size_t>(device_)] = before_;
   try {
-    order(inside_, before_);
+    order(inside_->get(), before_->get());
   } catch (const Error&) {  // the device has failed: the next call says so
   }
 }

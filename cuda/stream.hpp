@@ -32,6 +32,9 @@ class Event {
 /// A stream of its own.
 class Stream {
  public:
+  /// Numbers on the device by which the blocks of one kernel count one another. They are 0 between kernels.
+  static constexpr int counters = 1024;
+
   /// On the current device.
   Stream();
   ~Stream();
@@ -39,13 +42,17 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   cudaStream_t get() const { return stream_; }
+  unsigned* counters_on_device() const { return counters_; }
 
  private:
   cudaStream_t stream_ = nullptr;
+  unsigned* counters_ = nullptr;
 };
 
 /// This thread's stream of the current device.
 cudaStream_t current_stream();
+/// Its counters.
+unsigned* current_counters();
 /// Waits for it; throws what failed on the device, asynchronous errors and the ops' own findings.
 void synchronize_stream();
 /// The same for all streams of the current device.
@@ -62,7 +69,7 @@ class StreamGuard {
 
  private:
   int device_;
-  cudaStream_t before_, inside_;
+  const Stream *before_, *inside_;
 };
 
 }  // namespace knock::cuda

@@ -175,6 +175,7 @@ WarpAccess shadow_access(const Warp& warp, const Request& request, uint32_t mask
   access.warp = warp.id;
   access.synced = warp.synced.data();
   access.line = line_number(warp);
+  access.read_only = request.read_only;
   return access;
 }
 
@@ -311,7 +312,10 @@ void reach_memory(const Warp& warp, Space space, const Request& request, uint32_
 namespace {
 
 // ---- ld, st: the address is slot 0, the registers follow ----
-enum : uint8_t { atomic_access = 1 };  // option: the access is ordered, so it does not race with others that are
+enum : uint8_t {      // option
+  atomic_access = 1,  // the access is ordered, so it does not race with others that are
+  read_only_access,   // .nc
+};
 
 Access kind_of(const Instruction& in, Access plain) { return in.option == atomic_access ? Access::atomic : plain; }
 
@@ -337,6 +341,7 @@ template <class M, class R, uint32_t n>
 void load(Warp& warp, const Instruction& in) {
   Request request;
   request.access = kind_of(in, Access::read);
+  request.read_only = in.option == read_only_access;
   request.bytes = sizeof(M) * n;
   fill_addresses(warp, in, in.slots[0], request);
   Reach reach;
@@ -460,11 +465,12 @@ Space take_space(Statement& s) {
 
 /// What says how caches are used changes nothing here; what says how accesses are ordered makes them atomic.
 void take_memory_modifiers(Statement& s) {
-  for (const char* hint : {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "volatile", "weak", "L2::cache_hint"}) {
+  for (const char* hint : {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "volatile", "weak", "L2::cache_hint"}) {
     s.take(hint);
   }
   s.take_prefix("L1::");
   s.take_prefix("L2::");
+  if (s.take("nc")) s.instruction.option = read_only_access;
   for (const char* order : {"relaxed", "acquire", "release"}) {
     if (s.take(order)) s.instruction.option = atomic_access;
   }
@@ -548,6 +554,17 @@ void decode_isspacep(Statement& s) {
   if (s.instruction.space == Space::constant) throw Unsupported("constant memory is not told apart");
   s.instruction.slots[0] = s.predicate_destination(0);
   s.instruction.slots[1] = s.source(1, Type::u64);
+}
+
+// ---- fence, membar: those of a block order nothing that barriers do not ----
+void fence_gpu(Warp& warp, const Instruction&) {
+  if (warp.machine->checks) pass_fence(warp.id, warp.mask, warp.synced.data());
+}
+
+void decode_fence(Statement& s) {
+  for (const char* order : {"sc", "acq_rel"}) s.take(order);
+  const bool wide = s.take_one({"gl", "gpu", "sys", "cta"}) != 3;
+  s.instruction.run = wide ? fence_gpu : no_operation;
 }
 
 // ---- cp.async ----
@@ -676,8 +693,9 @@ bool decode_access(Statement& s) {
     decode_cvta(s);
   } else if (opcode == "isspacep") {
     decode_isspacep(s);
-  } else if (opcode == "membar" || opcode == "fence" || opcode == "prefetch" || opcode == "prefetchu" ||
-             opcode == "nanosleep" || opcode == "applypriority") {
+  } else if (opcode == "membar" || opcode == "fence") {
+    decode_fence(s);
+  } else if (opcode == "prefetch" || opcode == "prefetchu" || opcode == "nanosleep" || opcode == "applypriority") {
     s.take_prefix("");
     s.instruction.run = no_operation;
   } else {

@@ -14,7 +14,8 @@ struct Reach {
 
 struct Request {
   Access access = Access::read;
-  uint32_t bytes = 0;  ///< of each lane
+  bool read_only = false;  ///< .nc
+  uint32_t bytes = 0;      ///< of each lane
   alignas(64) std::array<uint64_t, warp_size> addresses{};
 };
 

@@ -76,7 +76,9 @@ struct Decrement {
 
 /// The old values go to slot 3, which is a sink for red; the address is slot 0, the operand slot 1, for cas slot 2 is
 /// the new value.
-template <class T, class F>
+enum : uint8_t { within_block = 1 };  // option: .cta
+
+template <class T, bool changes = true, class F>
 void update(Warp& warp, const Instruction& in, const F& new_value) {
   Request request;
   request.access = Access::atomic;
@@ -92,6 +94,8 @@ void update(Warp& warp, const Instruction& in, const F& new_value) {
     std::memcpy(reach.at[l], &next, sizeof next);
     d[l] = to_lane<T>(old);
   });
+  if (in.space == Space::global && in.option != within_block && warp.machine->checks)
+    pass_atomic(warp.id, reach.lanes, request.addresses.data(), changes);
 }
 
 template <class Op, class T>
@@ -103,7 +107,7 @@ void combine(Warp& warp, const Instruction& in) {
 template <class T>
 void compare_and_swap(Warp& warp, const Instruction& in) {
   const Storage<T>*const b = lanes<T>(warp, in.slots[1]), *const c = lanes<T>(warp, in.slots[2]);
-  update<T>(warp, in, [&](T old, uint32_t l) { return old == from_lane<T>(b[l]) ? from_lane<T>(c[l]) : old; });
+  update<T, false>(warp, in, [&](T old, uint32_t l) { return old == from_lane<T>(b[l]) ? from_lane<T>(c[l]) : old; });
 }
 
 template <class Op>
@@ -198,9 +202,10 @@ bool decode_atomic(Statement& s) {
   if (!returns && s.opcode() != "red") return false;
   Instruction& in = s.instruction;
   in.space = take_space(s);
-  for (const char* order : {"relaxed", "acquire", "release", "acq_rel", "cta", "cluster", "gpu", "sys", "noftz"}) {
+  for (const char* order : {"relaxed", "acquire", "release", "acq_rel", "cluster", "gpu", "sys", "noftz"}) {
     s.take(order);
   }
+  if (s.take("cta")) in.option = within_block;
   const int operation = s.take_one({"add", "min", "max", "and", "or", "xor", "exch", "inc", "dec", "cas"});
   const Type type = s.take_type();
   in.run = operation_handler(operation, type);

@@ -7,6 +7,7 @@
 
 #include "shadow.hpp"
 
+#include "block_order.hpp"
 #include "memory.hpp"
 #include "report.hpp"
 #include "shadow_page.hpp"
@@ -51,6 +52,7 @@ struct State {
   Moment settled = 1;  // whatever is before it is ordered before the present kernel or copy
   Moment work_start = 1, block_start = 1, barrier = 1;
   uint32_t block = 0;
+  BlockOrder blocks;
   WorkOrder order;
   std::deque<Begun> begun;  // kernels and copies that are not before all later ones
   Describe describe = nullptr;
@@ -103,7 +105,7 @@ uint32_t full_line(uint32_t who, uint32_t near) {
 
 bool first_time(int what, uint32_t line, uint32_t other) { return state().reported.emplace(what, line, other).second; }
 
-enum What { race, race_of_works, early, uninitialised, out_of_bounds };
+enum What { race, race_of_works, early, uninitialised, out_of_bounds, not_read_only };
 
 const char* verb(Access access) {
   switch (access) {
@@ -130,6 +132,7 @@ struct Present {
   Record record;
   uint32_t line;
   Moment synced;  // of its thread with its warp
+  bool read_only;
 };
 
 void report_race(const Subject& subject, const Present& present, const Record& other, bool other_wrote) {
@@ -180,7 +183,12 @@ void report_unordered(const Subject& subject, const char* does, Moment moment, b
     const char* does = present.access == Access::read ? "reads" : "writes";
     return report_unordered(subject, does, other.moment, other_wrote);
   }
-  report_race(subject, present, other, other_wrote);
+  const bool ordered = other_wrote && other.moment < state().block_start &&
+                       state().blocks.is_ordered(other, thread_of(present.record.who));
+  if (!ordered) return report_race(subject, present, other, other_wrote);
+  if (present.read_only && first_time(not_read_only, present.line, full_line(other.who, present.line)))
+    report(kernel_prefix() + line_text(present.line) + ": ld.nc of " + text_of(subject) +
+           ", which the same kernel writes at " + line_text(full_line(other.who, present.line)));
 }
 
 // ---- one access of one cell ----
@@ -448,7 +456,7 @@ template <Access access>
 inline Present present_of(const WarpAccess& of, uint32_t lane, const State& all) {
   const uint32_t flags = access == Access::atomic ? atomic_bit : access == Access::pending ? pending_bit : 0;
   const uint32_t who = (of.warp * 32 + lane) << thread_shift | flags | (of.line & line_mask);
-  return {access, {all.now, who}, of.line, of.synced != nullptr ? of.synced[lane] : 0};
+  return {access, {all.now, who}, of.line, of.synced != nullptr ? of.synced[lane] : 0, of.read_only};
 }
 
 template <Access access>
@@ -673,6 +681,7 @@ void begin_work(const WorkOrder& order) {
   drop_known(order);
   all.settled = first_unordered(order);
   all.begun.push_back({all.now, order.stream, order.position, order.name});
+  all.blocks.begin_kernel();
 }
 
 bool was_out_of_bounds() { return state().out_of_bounds; }
@@ -681,14 +690,32 @@ void begin_block(uint32_t block) {
   auto& all = state();
   all.block_start = all.barrier = ++all.now;
   all.block = block;
+  all.blocks.begin_block(all.now);
 }
 
 void pass_barrier() {
   auto& all = state();
   all.barrier = ++all.now;
+  all.blocks.pass_barrier(all.now);
 }
 
 Moment pass_warp_sync() { return ++state().now; }
+
+void pass_fence(uint32_t warp, uint32_t lanes, const Moment* synced) {
+  auto& all = state();
+  ++all.now;
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const auto lane = static_cast<uint32_t>(std::countr_zero(lanes));
+    all.blocks.pass_fence(warp * 32 + lane, synced[lane], all.now);
+  }
+}
+
+void pass_atomic(uint32_t warp, uint32_t lanes, const uint64_t* addresses, bool changes) {
+  for (; lanes != 0; lanes &= lanes - 1) {
+    const auto lane = static_cast<uint32_t>(std::countr_zero(lanes));
+    state().blocks.pass_atomic(warp * 32 + lane, addresses[lane], changes);
+  }
+}
 
 uint32_t check_global(const WarpAccess& access) {
   switch (access.access) {

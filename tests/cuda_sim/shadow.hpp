@@ -3,8 +3,9 @@
 // all. From that follow races, reads of uninitialised memory and accesses out of bounds.
 //
 // Two accesses of one byte, one of them a write and not both atomic, race unless something orders them: a barrier of
-// the block, a warp synchronisation of the same warp, the end of the kernel, or, between two kernels or copies, their
-// stream, an event or a wait of the host.
+// the block, a warp synchronisation of the same warp, fences and atomics between blocks (block_order.hpp), the end of
+// the kernel, or, between two kernels or copies, their stream, an event or a wait of the host. An access of what an
+// earlier block read and none wrote since cannot be ordered within the kernel: only the last reader is remembered.
 
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +33,7 @@ struct WarpAccess {
   uint32_t warp = 0;                    ///< within the block
   const Moment* synced = nullptr;       ///< of each lane: its last warp synchronisation in this block, or 0
   uint32_t line = 0;                    ///< the machine's number for the instruction, below 2^20
+  bool read_only = false;               ///< .nc: of memory that the kernel does not write
 };
 
 /// The text of an instruction for findings: "attention.cu:12 [ld.global.f32]". Set by the machine before it runs a
@@ -44,6 +46,10 @@ void begin_block(uint32_t block);
 void pass_barrier();
 /// At a __syncwarp: the moment that becomes `synced` of each lane that took part.
 Moment pass_warp_sync();
+/// At a fence of the whole GPU by lanes of a warp; at their atomic operations in global memory, which `changes` what is
+/// there for sure, or may.
+void pass_fence(uint32_t warp, uint32_t lanes, const Moment* synced);
+void pass_atomic(uint32_t warp, uint32_t lanes, const uint64_t* addresses, bool changes);
 
 /// A kernel's access to global memory. Returns the lanes whose access is in bounds and of live device memory; the
 /// others were reported and must not make it.

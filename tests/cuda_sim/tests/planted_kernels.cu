@@ -6,6 +6,7 @@
 #include <cuda_pipeline_primitives.h>
 
 #include <cstdint>
+#include <cstdlib>
 
 namespace {
 
@@ -118,6 +119,52 @@ __global__ void block_after_block(float* y) {
 template <bool wrong>
 __global__ void same_value(float* y) {
   if (threadIdx.x == 0) y[wrong ? 0 : blockIdx.x] = 1;
+}
+
+// ---- sums by the last block ----
+
+enum class Slip {
+  none,
+  no_barrier_before,
+  no_fence_before,
+  fence_of_block,
+  counts_in_block,
+  no_fence_behind,
+  no_barrier_behind,
+  read_only
+};
+
+template <Slip slip>
+__device__ bool is_last_of(unsigned all, unsigned* counter) {
+  __shared__ bool last;
+  if (slip != Slip::no_barrier_before) __syncthreads();
+  if (threadIdx.x == 0) {
+    if (slip == Slip::fence_of_block) {
+      __threadfence_block();
+    } else if (slip != Slip::no_fence_before) {
+      __threadfence();
+    }
+    last = (slip == Slip::counts_in_block ? atomicInc_block(counter, all - 1) : atomicInc(counter, all - 1)) == all - 1;
+    if (slip != Slip::no_fence_behind) __threadfence();
+  }
+  if (slip != Slip::no_barrier_behind) __syncthreads();
+  return last;
+}
+
+/// Groups of two blocks, whose last adds up the group's parts; the last of these adds up all.
+template <Slip slip>
+__global__ void sums_by_last(float* parts, unsigned* counters, float* y) {
+  const unsigned t = threadIdx.x, group = blockIdx.x / 2, groups = gridDim.x / 2;
+  parts[blockIdx.x * 64 + t] = static_cast<float>(t);
+  if (!is_last_of<slip>(2, counters + 1 + group)) return;
+  const float* const own = parts + 128 * group;
+  float* const of_group = parts + 64 * gridDim.x;
+  of_group[64 * group + t] = slip == Slip::read_only ? __ldg(own + 63 - t) + __ldg(own + 127 - t)  //
+                                                     : own[63 - t] + own[127 - t];
+  if (!is_last_of<Slip::none>(groups, counters)) return;
+  y[t] = 0;
+  for (unsigned g = 0; g < groups; ++g) y[t] += of_group[64 * g + 63 - t];
+  for (unsigned b = 0; b < gridDim.x; ++b) y[t] += parts[64 * b + 63 - t];
 }
 
 // ---- bounds ----
@@ -343,6 +390,16 @@ void run_sum_over_blocks() {
   cudaDeviceSynchronize();
 }
 
+template <Slip slip>
+void run_sums_by_last() {
+  const DeviceVector<float> parts(64 * 9), y(64);
+  const DeviceVector<unsigned> counters(std::vector<unsigned>(32));
+  for (int round = 0; round < 2; ++round) sums_by_last<slip><<<6, 64>>>(parts.data(), counters.data(), y.data());
+  const auto sums = y.to_host();
+  for (std::size_t t = 0; slip == Slip::none && t < 64; ++t)
+    if (sums[t] != 6.0F * static_cast<float>(t) + 6.0F * static_cast<float>(63 - t)) std::exit(1);
+}
+
 template <bool wrong>
 void run_one_past_the_end() {
   const DeviceVector<float> y(1000);
@@ -400,6 +457,7 @@ void run_sum_of_warp() {
 
 }  // namespace
 
+#define LAST(slip) run_sums_by_last<Slip::slip>, run_sums_by_last<Slip::none>
 #define BOTH(run, ...) run<__VA_ARGS__ true>, run<__VA_ARGS__ false>
 #define IN_OUT(kernel, ...) \
   [] { run_in_out<float, kernel<true>>(__VA_ARGS__); }, [] { run_in_out<float, kernel<false>>(__VA_ARGS__); }
@@ -429,6 +487,14 @@ std::vector<PlantedBug> planted_kernel_bugs() {
       bug("plain sums over blocks", "a thread of another block", {BOTH(run_sum_over_blocks, )}),
       bug("read of another block's result", "a thread of another block", {OUT(float, block_after_block, 4, 32, 128)}),
       bug("all blocks write one value", "a thread of another block", {OUT(float, same_value, 4, 32, 4)}),
+
+      bug("last block: no barrier before", "a thread of another block", {LAST(no_barrier_before)}),
+      bug("last block: no fence before", "a thread of another block", {LAST(no_fence_before)}),
+      bug("last block: a fence of the block", "a thread of another block", {LAST(fence_of_block)}),
+      bug("last block: counts in the block", "a thread of another block", {LAST(counts_in_block)}),
+      bug("last block: no fence behind", "a thread of another block", {LAST(no_fence_behind)}),
+      bug("last block: no barrier behind", "races with the", {LAST(no_barrier_behind)}),
+      bug("last block: ld.nc", "which the same kernel writes", {LAST(read_only)}),
 
       bug("write one past the end", "0 bytes past the end of", {BOTH(run_one_past_the_end, )}),
       bug("read far out", "out of bounds", {IN_OUT(far_out, 1, 32, 100, 32)}),
