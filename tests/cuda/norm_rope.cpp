@@ -78,7 +78,6 @@ void check_problem(const Problem& p) {
     const auto twos = (p.heads.size() + 1) / 2;
     CHECK(launches("norm_rope_rows") == twos);
     CHECK(launches("norm_rope_backward_rows") == twos);
-    CHECK(launches("add_row_parts") == twos);
     CHECK(launches("rope_angles") == 0);
   }
   const Tensors again = run(p, in, "cuda:0", p.dtype, parameters);
