@@ -124,4 +124,19 @@ TEST_CASE("allocator: addresses tell their device") {
   CHECK(cuda::device_of(&on_host) == -1);
 }
 
+TEST_CASE("pinned buffer: copies that nobody waits for, both ways, in the order of the stream; too much is an error") {
+  cuda::use_device(0);
+  constexpr int64_t n = 3000, size = n * static_cast<int64_t>(sizeof(float));
+  const cuda::PinnedBuffer from(size), to(size);
+  auto *const given = static_cast<float*>(from.data()), *const got = static_cast<float*>(to.data());
+  for (int64_t i = 0; i < n; ++i) given[i] = static_cast<float>(i);
+  const Tensor x = empty({n}, {.device = device});
+  cudaMemcpyAsync(x.raw_data(), given, size, cudaMemcpyHostToDevice, cuda::current_stream());
+  const Tensor twice = x * 2;
+  cudaMemcpyAsync(got, twice.raw_data(), size, cudaMemcpyDeviceToHost, cuda::current_stream());
+  cuda::synchronize_stream();
+  for (int64_t i = 0; i < n; ++i) CHECK(got[i] == static_cast<float>(2 * i));
+  CHECK_THROWS_AS(cuda::PinnedBuffer(std::size_t{1} << 50), Error);
+}
+
 }  // namespace

@@ -170,6 +170,7 @@ char* host_bytes(const void* address) {
 void* allocate_pinned(std::size_t bytes) {
   watch_faults();
   auto& all = pinned();
+  if (bytes > pinned_span / 2) return nullptr;
   const auto size = whole_pages(bytes);
   if (all.top + size + page > all.start + pinned_span) fatal("addresses of pinned memory are used up");
   char* data = all.top;
