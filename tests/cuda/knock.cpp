@@ -43,7 +43,7 @@ Tensors run(const Problem& p, const Tensors& in, const Tensor& positions, Device
   return out;
 }
 
-/// One kernel of the family each way, the angles', the one that adds up the weight's gradient, and none besides.
+/// One kernel of the family each way, the angles', and none besides.
 void check_launches(const Problem& p, Made made) {
   if (!test::counts_launches) return;
   for (const std::string part : {"_mma<", "_general<"}) {

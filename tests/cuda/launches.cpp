@@ -8,6 +8,7 @@
 #include <knock/ops/loss.hpp>
 #include <knock/ops/matmul.hpp>
 #include <knock/ops/moe.hpp>
+#include <knock/ops/norm.hpp>
 #include <knock/ops/pointwise.hpp>
 #include <knock/ops/random.hpp>
 #include <knock/ops/reduce.hpp>
@@ -191,6 +192,21 @@ TEST_CASE("launches: a router's product, of bf16 rows and f32 weights, is one fo
     CHECK(launches([&] { y = linear_wide(x, w); }).of() == 1);
     for (int pass = 0; pass < 2; ++pass)  // the second one adds
       CHECK(launches([&] { y.backward(dy, {.retain_graph = true}); }).of() == 2);
+  }
+}
+
+TEST_CASE("launches: norms are one forward, one backward, adding to weights' gradients or not") {
+  for (const int64_t rows : {0, 1, 5000}) {
+    CAPTURE(rows);
+    const Tensor x = on_device({rows, 40}), weight = leaf({40}), bias = leaf({40}), dy = on_device({rows, 40});
+    Tensor of_rms, of_layer;
+    const uint64_t forward = rows > 0;
+    CHECK(launches([&] { of_rms = rms_norm(x, weight, 1e-5); }).of() == forward);
+    CHECK(launches([&] { of_layer = layer_norm(x, weight, bias); }).of() == forward);
+    for (int pass = 0; pass < 2; ++pass) {
+      CHECK(launches([&] { of_rms.backward(dy, {.retain_graph = true}); }).of() == 1);
+      CHECK(launches([&] { of_layer.backward(dy, {.retain_graph = true}); }).of() == 1);
+    }
   }
 }
 

@@ -74,10 +74,10 @@ struct Decrement {
   uint32_t operator()(uint32_t old, uint32_t b) const { return old == 0 || old > b ? b : old - 1; }
 };
 
-/// The old values go to slot 3, which is a sink for red; the address is slot 0, the operand slot 1, for cas slot 2 is
-/// the new value.
 enum : uint8_t { within_block = 1 };  // option: .cta
 
+/// The old values go to slot 3, which is a sink for red; the address is slot 0, the operand slot 1, for cas slot 2 is
+/// the new value.
 template <class T, bool changes = true, class F>
 void update(Warp& warp, const Instruction& in, const F& new_value) {
   Request request;

@@ -30,9 +30,7 @@ void BlockOrder::pass_barrier(Moment now) {
 
 void BlockOrder::pass_fence(uint32_t thread, Moment synced, Moment now) {
   Thread& own = threads_[thread];
-  for (const uint64_t address : own.met) {
-    if (const auto at = at_address_.find(address); at != at_address_.end()) merge_into(own.known, at->second);
-  }
+  merge_into(own.known, own.met);
   own.met.clear();
   own.has_fenced = true;
   own.next = {block_start_, barrier_, now, synced, thread, own.known};
@@ -42,8 +40,7 @@ void BlockOrder::pass_fence(uint32_t thread, Moment synced, Moment now) {
 void BlockOrder::pass_atomic(uint32_t thread, uint64_t address, bool changes) {
   const auto own = threads_.find(thread);
   const bool releases = changes && own != threads_.end() && own->second.has_fenced;
-  if (!releases && !at_address_.contains(address)) return;
-  threads_[thread].met.push_back(address);
+  if (const auto at = at_address_.find(address); at != at_address_.end()) merge_into(threads_[thread].met, at->second);
   if (!releases) return;
   Releases& here = at_address_[address];
   merge_into(here, own->second.next.known);

@@ -40,8 +40,8 @@ class BlockOrder {
   };
   struct Thread {
     bool has_fenced = false;
-    Release next{};               // what its next atomic operation releases
-    std::vector<uint64_t> met{};  // addresses of atomic operations since the fence
+    Release next{};  // what its next atomic operation releases
+    Releases met{};  // by atomic operations since the fence
     Releases known{};
   };
 

@@ -131,8 +131,19 @@ enum class Slip {
   counts_in_block,
   no_fence_behind,
   no_barrier_behind,
+  plain_counter,
+  is_first,
   read_only
 };
+
+template <Slip slip>
+__device__ unsigned count(unsigned all, unsigned* counter) {
+  if (slip == Slip::counts_in_block) return atomicInc_block(counter, all - 1);
+  if (slip != Slip::plain_counter) return atomicInc(counter, all - 1);
+  const unsigned before = *counter;
+  *counter = before == all - 1 ? 0 : before + 1;
+  return before;
+}
 
 template <Slip slip>
 __device__ bool is_last_of(unsigned all, unsigned* counter) {
@@ -144,7 +155,7 @@ __device__ bool is_last_of(unsigned all, unsigned* counter) {
     } else if (slip != Slip::no_fence_before) {
       __threadfence();
     }
-    last = (slip == Slip::counts_in_block ? atomicInc_block(counter, all - 1) : atomicInc(counter, all - 1)) == all - 1;
+    last = count<slip>(all, counter) == (slip == Slip::is_first ? 0 : all - 1);
     if (slip != Slip::no_fence_behind) __threadfence();
   }
   if (slip != Slip::no_barrier_behind) __syncthreads();
@@ -165,6 +176,36 @@ __global__ void sums_by_last(float* parts, unsigned* counters, float* y) {
   y[t] = 0;
   for (unsigned g = 0; g < groups; ++g) y[t] += of_group[64 * g + 63 - t];
   for (unsigned b = 0; b < gridDim.x; ++b) y[t] += parts[64 * b + 63 - t];
+}
+
+/// Block 0 releases its part at y, which lane 1 of block 1 acquires and releases at x; lane 0 acquires that only if it
+/// counts at x later.
+template <bool wrong>
+__global__ void acquire_too_early(float* part, unsigned* x, unsigned* y, float* out) {
+  const unsigned lane = threadIdx.x;
+  unsigned at_x = 0;
+  if (blockIdx.x == 0) {
+    if (lane == 2) {
+      __threadfence();
+      atomicAdd(x, 1);
+    }
+    if (lane == 0) {
+      *part = 1;
+      __threadfence();
+      atomicAdd(y, 1);
+    }
+  } else {
+    if (wrong && lane == 0) at_x = atomicAdd(x, 1) + 1;
+    if (lane == 1 && atomicAdd(y, 1) == 1) {
+      __threadfence();
+      atomicAdd(x, 1);
+    }
+    if (!wrong && lane == 0) at_x = atomicAdd(x, 1);
+    if (lane == 0 && at_x == 2) {
+      __threadfence();
+      *out = *part;
+    }
+  }
 }
 
 // ---- bounds ----
@@ -401,6 +442,14 @@ void run_sums_by_last() {
 }
 
 template <bool wrong>
+void run_acquire_too_early() {
+  const DeviceVector<float> part(1), out(1);
+  const DeviceVector<unsigned> counters(std::vector<unsigned>(2));
+  acquire_too_early<wrong><<<2, 32>>>(part.data(), counters.data(), counters.data() + 1, out.data());
+  cudaDeviceSynchronize();
+}
+
+template <bool wrong>
 void run_one_past_the_end() {
   const DeviceVector<float> y(1000);
   one_past_the_end<wrong><<<4, 256>>>(y.data(), 1000);
@@ -494,7 +543,10 @@ std::vector<PlantedBug> planted_kernel_bugs() {
       bug("last block: counts in the block", "a thread of another block", {LAST(counts_in_block)}),
       bug("last block: no fence behind", "a thread of another block", {LAST(no_fence_behind)}),
       bug("last block: no barrier behind", "races with the", {LAST(no_barrier_behind)}),
+      bug("last block: a plain counter", "a thread of another block", {LAST(plain_counter)}),
+      bug("last block: the first instead", "a thread of another block", {LAST(is_first)}),
       bug("last block: ld.nc", "which the same kernel writes", {LAST(read_only)}),
+      bug("acquired before it is released", "a thread of another block", {BOTH(run_acquire_too_early, )}),
 
       bug("write one past the end", "0 bytes past the end of", {BOTH(run_one_past_the_end, )}),
       bug("read far out", "out of bounds", {IN_OUT(far_out, 1, 32, 100, 32)}),
