@@ -63,15 +63,14 @@ __device__ void sum_columns(const C* from, int64_t rows, int64_t n, To&& to) {
 /// Whether this block is the last of `all` to come here. That one sees what the others have written before: each
 /// block's threads meet, and the fences order what they met with around the counter. The counter is 0 before and after.
 __device__ inline bool is_last_of(unsigned all, unsigned* counter) {
-  __shared__ bool last;
+  bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
     last = atomicInc(counter, all - 1) == all - 1;
     if (last) __threadfence();
   }
-  __syncthreads();
-  return last;
+  return __syncthreads_or(last);
 }
 
 /// The sums of all parts, as kernels take them.
