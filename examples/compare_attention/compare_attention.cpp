@@ -182,6 +182,7 @@ int run(const Arguments& arguments) {
   const std::string &out = arguments.out, settings_file = out + "/settings.toml", page = out + "/compare.html";
   train::Config settings = configure(arguments);
   std::vector<compare::Variant> variants = compare::make_variants(arguments.variants, settings);
+  static_cast<void>(train::usable_device(settings.train.device));  // throws before anything is fetched
   if (settings.data.path.empty()) settings.data.path = default_corpus();
   for (compare::Variant& variant : variants) variant.config.data.path = settings.data.path;
   check_text(settings.data);

@@ -113,6 +113,7 @@ int run(const Arguments& arguments) {
     std::printf("%s\n%s", train::to_toml(config).c_str(), train::describe(config).c_str());
     return 0;
   }
+  static_cast<void>(train::usable_device(config.train.device));  // throws before anything is fetched
   if (config.data.path.empty()) config.data.path = default_corpus();
   train::Trainer trainer = checkpoint ? train::Trainer(config, *checkpoint) : train::Trainer(config);
   print_header(trainer);

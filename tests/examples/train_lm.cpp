@@ -134,8 +134,10 @@ TEST_CASE("train_lm: the novels cannot be fetched") {
   const std::string apt = folder.write("bin/apt-get", "#!/bin/sh\necho 'E: no such host' >&2\nexit 100\n");
   fs::permissions(apt, fs::perms::owner_all);
   fs::create_directory(folder / "work");
-  check_failure(run("cd " + (folder / "work") + " && PATH=" + (folder / "bin") + ":$PATH " + program("train_lm")),
-                "--data.path=FOLDER");
+  const std::string command =
+      "cd " + (folder / "work") + " && PATH=" + (folder / "bin") + ":$PATH " + program("train_lm");
+  check_failure(run(command), "--data.path=FOLDER");
+  check_failure(run(command + " --train.device=cuda:99"), "cuda:99");  // known before anything is fetched
 }
 
 TEST_CASE("train_lm: bad data leaves the run that is there alone") {
