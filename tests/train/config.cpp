@@ -59,6 +59,9 @@ TEST_CASE("config: the defaults are possible and survive a round trip") {
   const std::string toml = train::to_toml(defaults);
   CHECK(train::to_toml(train::parse_config(toml, "defaults")) == toml);
   CHECK(train::to_toml(train::parse_config("", "empty")) == toml);
+  for (const char* line :
+       {"norm_eps = 1e-06\n", "val_fraction = 0.1\n", "rope_theta = 10000.0\n", "betas = [0.9, 0.95]\n"})
+    CHECK_MESSAGE(toml.find(line) != std::string::npos, line);
 }
 
 TEST_CASE("config: every key has an own value that survives a round trip") {

@@ -278,22 +278,21 @@ void store(std::string_view key, T& place, const toml::node& node, Range range) 
   }
 }
 
-/// The value of a key as TOML.
+/// The value of a key as TOML; of numbers the fewest digits that give them back.
 template <class T>
 std::string literal(const T& value) {
-  std::ostringstream out;
   if constexpr (std::is_same_v<T, double>) {
-    out << toml::value<double>(value);
+    const std::string digits = text(value);
+    return digits.find_first_not_of("-0123456789") == std::string::npos ? digits + ".0" : digits;
   } else if constexpr (std::is_same_v<T, std::vector<double>>) {
-    out << toml::array{value[0], value[1]};
+    return text("[", literal(value[0]), ", ", literal(value[1]), "]");
   } else if constexpr (std::is_same_v<T, std::string>) {
-    out << toml::value<std::string>(value);
+    return (std::ostringstream() << toml::value<std::string>(value)).str();
   } else if constexpr (std::is_enum_v<T>) {
-    out << '"' << words_of<T>()[static_cast<std::size_t>(value)] << '"';
+    return text('"', words_of<T>()[static_cast<std::size_t>(value)], '"');
   } else {
-    out << (std::is_same_v<T, bool> ? (value ? "true" : "false") : text(value));
+    return text(value);
   }
-  return out.str();
 }
 
 /// Number of single-character edits between two words.
