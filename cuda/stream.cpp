@@ -11,25 +11,53 @@
 #include <array>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 namespace knock::cuda {
 namespace {
 
-/// The streams that all threads start with, by device. They live as long as the process: tensors of static duration are
-/// released on them.
+/// The streams of one device that no Stream has.
+struct Idle {
+  std::mutex mutex;
+  std::vector<Stream::Parts> streams;
+};
+std::array<Idle, max_devices> idle;
+
+/// The streams that all threads start with, by device.
 struct OwnStream {
   std::once_flag made;
   std::optional<Stream> stream;
 };
 std::array<OwnStream, max_devices> own_streams;
 
-void destroy_own_streams() {
+void destroy_streams() {
   for (OwnStream& own : own_streams) own.stream.reset();
+  for (Idle& of_device : idle) {
+    for (const Stream::Parts& parts : of_device.streams) cudaStreamDestroy(parts.stream), cudaFree(parts.counters);
+    of_device.streams.clear();
+  }
+}
+
+Stream::Parts make_stream() {
+  static std::once_flag noted;
+  std::call_once(noted, [] { at_shut_down(destroy_streams); });
+  Stream::Parts made;
+  KNOCK_CUDA(cudaStreamCreateWithFlags(&made.stream, cudaStreamNonBlocking));
+  KNOCK_CUDA(cudaMalloc(reinterpret_cast<void**>(&made.counters), Stream::counters * sizeof(unsigned)));
+  KNOCK_CUDA(cudaMemsetAsync(made.counters, 0, Stream::counters * sizeof(unsigned), made.stream));
+  return made;
+}
+
+/// Of the current device: one that came back, or a new one.
+Stream::Parts take_stream(Idle& from) {
+  const std::lock_guard lock(from.mutex);
+  if (from.streams.empty()) return make_stream();
+  const Stream::Parts parts = from.streams.back();
+  from.streams.pop_back();
+  return parts;
 }
 
 const Stream& own_stream(int device) {
-  static std::once_flag noted;
-  std::call_once(noted, [] { at_shut_down(destroy_own_streams); });
   OwnStream& own = own_streams[static_cast<std::size_t>(device)];
   std::call_once(own.made, [&] { own.stream.emplace(); });
   return *own.stream;
@@ -65,14 +93,11 @@ bool Event::done() const {
   return true;
 }
 
-Stream::Stream() {
-  KNOCK_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-  KNOCK_CUDA(cudaMalloc(reinterpret_cast<void**>(&counters_), counters * sizeof(unsigned)));
-  KNOCK_CUDA(cudaMemsetAsync(counters_, 0, counters * sizeof(unsigned), stream_));
-}
+Stream::Stream() : device_(current_device()), parts_(take_stream(idle[static_cast<std::size_t>(device_)])) {}
 Stream::~Stream() {
-  cudaStreamDestroy(stream_);
-  cudaFree(counters_);
+  Idle& to = idle[static_cast<std::size_t>(device_)];
+  const std::lock_guard lock(to.mutex);
+  to.streams.push_back(parts_);
 }
 
 cudaStream_t current_stream() { return this_stream().get(); }

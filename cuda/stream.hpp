@@ -29,11 +29,18 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-/// A stream of its own.
+/// A stream of its own: no other Stream has it meanwhile. It is lent and comes back; nothing destroys it before the
+/// process ends, since memory that was allotted on it may be given back later.
 class Stream {
  public:
   /// Numbers on the device by which the blocks of one kernel count one another. They are 0 between kernels.
   static constexpr int counters = 1024;
+
+  /// What there is of the driver's.
+  struct Parts {
+    cudaStream_t stream = nullptr;
+    unsigned* counters = nullptr;
+  };
 
   /// On the current device.
   Stream();
@@ -41,12 +48,12 @@ class Stream {
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
-  cudaStream_t get() const { return stream_; }
-  unsigned* counters_on_device() const { return counters_; }
+  cudaStream_t get() const { return parts_.stream; }
+  unsigned* counters_on_device() const { return parts_.counters; }
 
  private:
-  cudaStream_t stream_ = nullptr;
-  unsigned* counters_ = nullptr;
+  int device_;
+  Parts parts_;
 };
 
 /// This thread's stream of the current device.

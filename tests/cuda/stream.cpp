@@ -64,6 +64,26 @@ TEST_CASE("stream: a guard is this thread's alone, and guards nest") {
   CHECK(cuda::current_stream() == own);
 }
 
+TEST_CASE("stream: it is lent again, and tensors outlive it") {
+  cuda::use_device(0);
+  Tensor made;
+  cudaStream_t lent = nullptr;
+  {
+    const cuda::Stream side, other;
+    CHECK(side.get() != other.get());
+    CHECK(side.counters_on_device() != other.counters_on_device());
+    lent = side.get();
+    const cuda::StreamGuard guard(side);
+    made = full({3000}, 2, {.device = device});
+  }
+  made.mul_(2);
+  CHECK(sum(made).item() == 12000);
+  made = Tensor();  // given back to a stream that nobody has
+  const cuda::Stream first, second;
+  CHECK((first.get() == lent || second.get() == lent));
+  CHECK(first.get() != second.get());
+}
+
 TEST_CASE("event: done after the work before it") {
   cuda::use_device(0);
   cuda::Event event;
