@@ -95,6 +95,7 @@ bool is_recorded() {
 }  // namespace
 
 void fail_call(cudaError_t status, const char* call) {
+  cudaGetLastError();  // it is reported here, not after the next launch
   const std::string launched = log_of(current_device()).names();
   const std::string kernels =
       launched.empty() ? ""

@@ -88,7 +88,10 @@ void Event::block(cudaStream_t stream) const { KNOCK_CUDA(cudaStreamWaitEvent(st
 void Event::synchronize() const { KNOCK_CUDA(cudaEventSynchronize(event_)); }
 bool Event::done() const {
   const cudaError_t status = cudaEventQuery(event_);
-  if (status == cudaErrorNotReady) return false;
+  if (status == cudaErrorNotReady) {
+    cudaGetLastError();  // no error to report after the next launch
+    return false;
+  }
   KNOCK_CUDA(status);
   return true;
 }

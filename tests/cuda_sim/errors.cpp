@@ -75,7 +75,7 @@ cudaError_t sticky_error() { return sticky; }
 void set_sticky_error(cudaError_t error) { sticky = error; }
 
 cudaError_t noted(cudaError_t error) {
-  if (error != cudaSuccess && error != cudaErrorNotReady) last_error = error;
+  if (error != cudaSuccess) last_error = error;
   return error;
 }
 

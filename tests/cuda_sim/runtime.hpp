@@ -39,7 +39,8 @@ std::recursive_mutex& runtime_mutex();
 /// The error that a kernel's fault left, which every later call returns until cudaDeviceReset.
 cudaError_t sticky_error();
 void set_sticky_error(cudaError_t error);
-/// What cudaGetLastError will return; keeps `error` when it is one.
+/// What cudaGetLastError will return; keeps `error` when it is one. cudaErrorNotReady counts, as it does with drivers
+/// for whose sake others clear it.
 cudaError_t noted(cudaError_t error);
 
 /// An error, after a report, where the caller is a function that a stream calls (cudaLaunchHostFunc).

@@ -129,6 +129,7 @@ TEST_CASE("cuda_sim streams: nothing runs before somebody waits, then in order")
   launch_double(x.data(), stream);
   CHECK(peek(x.data()) == 1);
   CHECK(cudaStreamQuery(stream) == cudaErrorNotReady);
+  CHECK(cudaGetLastError() == cudaErrorNotReady);
   cudaStreamSynchronize(stream);
   CHECK(peek(x.data()) == 6);
   CHECK(cudaStreamQuery(stream) == cudaSuccess);
@@ -143,6 +144,7 @@ TEST_CASE("cuda_sim streams: a loop of queries ends") {
   cudaEventRecord(event, stream);
   int queries = 0;
   while (cudaEventQuery(event) == cudaErrorNotReady) ++queries;
+  CHECK(cudaGetLastError() == cudaErrorNotReady);
   CHECK(queries == 4);
   CHECK(peek(x.data()) == 8);
   CHECK(is_clean());
