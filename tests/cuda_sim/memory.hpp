@@ -20,7 +20,7 @@ struct Allocation {
   mutable Shadow* shadow = nullptr;
 };
 
-inline constexpr std::size_t address_span = std::size_t{1} << 40;
+inline constexpr std::size_t address_span = std::size_t{1} << 39;
 
 /// Where the simulator reads and writes the bytes of a device address that it has checked.
 inline char* bytes_at(const void* address) {
