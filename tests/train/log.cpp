@@ -134,6 +134,16 @@ TEST_CASE("chart: a line of zeros has an axis of ordinary numbers") {
   CHECK(svg.find("e-") == std::string::npos);
 }
 
+TEST_CASE("chart: an axis of steps has no half ones, one of seconds has") {
+  const auto x_axis = [](double x, double more) {
+    return train::figure({"loss", "", {{"", "red", {{x, 7}, {x + more, 8}}}}});
+  };
+  CHECK(count(x_axis(150, 0), "'middle'>150</text>") == 1);
+  CHECK(count(x_axis(150, 0), "'middle'>149.5</text>") == 0);
+  CHECK(count(x_axis(150, 2), "'middle'>") == 3);
+  CHECK(count(x_axis(0.5, 1), "'middle'>0.6</text>") == 1);
+}
+
 TEST_CASE("curves: a long run is thinned") {
   std::string log;
   for (int step = 1; step <= 20000; ++step) log += text("{\"step\":", step, ",\"loss\":", step % 7, "}\n");

@@ -3,7 +3,8 @@
 //
 // b is read once, where it lies; nothing is packed. a, which is small, is brought into one form first. Two loops:
 //
-//   b contiguous along k (x W^T)   4 columns of b at a time, as dot products with up to 4 rows of a
+//   b contiguous along k (x W^T)   4 columns of b at a time, as dot products with up to 4 rows of a; of more rows, the
+//                                  later ones meet them 4 by 4, every number loaded serving four products
 //   b contiguous along n (x W)     4 rows of b at a time, each times its factor of a, added to up to 4 rows of results
 //                                  that stay in the L1 cache
 //
@@ -32,6 +33,7 @@ template <class T>
 struct ThinKernels {
   bool narrow;
   ThinDot<T> dot[4];
+  ThinDot<T> square;  ///< 4 rows again, for columns that are in the L1 cache
   ThinAdd<T> add[4];
 };
 
@@ -82,28 +84,31 @@ ThinLeft thin_left(int64_t m, int64_t k, Matrix<const T> a) {
 }
 
 /// Columns [begin, end) of a b on this thread, b contiguous along k: calls store(i, j, value) for each. m is any
-/// number; of many rows, four at a time meet 16 columns that stay in the L1 cache.
+/// number; of many rows, the first four bring a few columns to the L1 cache, where four at a time meet them.
 template <class T, class Store>
 void thin_dots(int64_t m, int64_t k, ThinLeft a, Matrix<const T> b, int64_t begin, int64_t end, Store&& store) {
   using C = compute_t<T>;
   const ThinKernels<T>& kernels = thin_kernels<T>();
   const int64_t element = kernels.narrow ? static_cast<int64_t>(sizeof(T)) : static_cast<int64_t>(sizeof(C));
   const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 1024;
+  const int64_t near =
+      std::clamp<int64_t>(16384 / (std::min(depth, k + 1) * static_cast<int64_t>(sizeof(T))) / 4 * 4, 4, 16);  // 16 KiB
   C sums[16], part[16];
   // Fewer than 4 columns are made one at a time, as 4 equal ones.
   const auto block = [&](int64_t i, int64_t j, int64_t cols) {
     const int64_t rows = std::min<int64_t>(4, m - i);
     for (int64_t p = 0; p < k || p == 0; p += depth) {
       C* const to = p == 0 ? sums : part;
-      kernels.dot[rows - 1](std::min(depth, k - p), static_cast<const char*>(a.data) + (i * a.row_stride + p) * element,
-                            a.row_stride, b.data + j * b.col_stride + p, cols < 4 ? 0 : b.col_stride, to);
+      const auto run = i > 0 && rows == 4 ? kernels.square : kernels.dot[rows - 1];
+      run(std::min(depth, k - p), static_cast<const char*>(a.data) + (i * a.row_stride + p) * element, a.row_stride,
+          b.data + j * b.col_stride + p, cols < 4 ? 0 : b.col_stride, to);
       for (int64_t s = 0; p > 0 && s < rows * 4; ++s) sums[s] += part[s];
     }
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t s = 0; s < cols; ++s) store(i + r, j + s, sums[r * 4 + s]);
   };
-  for (int64_t first = begin; first < end; first += 16) {
-    const int64_t last = std::min(first + 16, end);
+  for (int64_t first = begin; first < end; first += near) {
+    const int64_t last = std::min(first + near, end);
     for (int64_t i = 0; i < m; i += 4)
       for (int64_t j = first; j < last; j += last - j < 4 ? 1 : 4) block(i, j, last - j < 4 ? 1 : 4);
   }
@@ -245,6 +250,13 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
 // The processor's own prefetching starts anew in every page.
 #define KNOCK_THIN_PREFETCH(from) __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192);
 
+// Keeps a vector in its register: compilers would rather load it again for each product.
+#if KNOCK_X86
+#define KNOCK_THIN_KEEP(value) __asm__("" : "+v"(value));
+#else
+#define KNOCK_THIN_KEEP(value)
+#endif
+
 // quad = the lanes of `from`, added up to 4.
 #define KNOCK_THIN_QUAD(from, quad)                                                                           \
   if constexpr (lanes == 16) {                                                                                \
@@ -310,6 +322,39 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
     for (int i = 0; i < rows; ++i) KNOCK_THIN_SUMS(quads[i], sums + i * 4)                                           \
     for (; p < k; ++p) {                                                                                             \
       for (int i = 0; i < rows; ++i)                                                                                 \
+        for (int j = 0; j < 4; ++j) sums[i * 4 + j] += a[i * a_row + p] * static_cast<C>(b[j * b_col + p]);          \
+    }                                                                                                                \
+  }                                                                                                                  \
+  template <class T>                                                                                                 \
+  target void thin_square_##name(int64_t k, const void* left, int64_t a_row, const T* b, int64_t b_col,              \
+                                 compute_t<T>* sums) {                                                               \
+    using C = compute_t<T>;                                                                                          \
+    constexpr int lanes = bytes / static_cast<int>(sizeof(C)) < 4 ? 4 : bytes / static_cast<int>(sizeof(C));         \
+    constexpr int together = bytes == 64 ? 4 : 2;                                                                    \
+    using Vector = Lanes<C, lanes>;                                                                                  \
+    using Four = Lanes<C, 4>;                                                                                        \
+    const C* const a = static_cast<const C*>(left);                                                                  \
+    typename Four::Type quads[4][4];                                                                                 \
+    int64_t p = 0;                                                                                                   \
+    KNOCK_UNROLL for (int j = 0; j < 4; j += together) {                                                             \
+      const T* const column = b + j * b_col;                                                                         \
+      typename Vector::Type acc[4][together] = {};                                                                   \
+      for (p = 0; p + lanes <= k; p += lanes) {                                                                      \
+        typename Vector::Type value[together];                                                                       \
+        KNOCK_UNROLL for (int c = 0; c < together; ++c){KNOCK_THIN_LOAD(                                             \
+            value[c], column + c * b_col + p) KNOCK_THIN_KEEP(value[c])} KNOCK_UNROLL for (int i = 0; i < 4; ++i) {  \
+          typename Vector::Type row = *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p);       \
+          KNOCK_THIN_KEEP(row)                                                                                       \
+          KNOCK_UNROLL for (int c = 0; c < together; ++c) acc[i][c] += row * value[c];                               \
+        }                                                                                                            \
+      }                                                                                                              \
+      KNOCK_UNROLL for (int i = 0; i < 4; ++i) KNOCK_UNROLL for (int c = 0; c < together; ++c) {                     \
+        KNOCK_THIN_QUAD(acc[i][c], quads[i][j + c])                                                                  \
+      }                                                                                                              \
+    }                                                                                                                \
+    for (int i = 0; i < 4; ++i) KNOCK_THIN_SUMS(quads[i], sums + i * 4)                                              \
+    for (; p < k; ++p) {                                                                                             \
+      for (int i = 0; i < 4; ++i)                                                                                    \
         for (int j = 0; j < 4; ++j) sums[i * 4 + j] += a[i * a_row + p] * static_cast<C>(b[j * b_col + p]);          \
     }                                                                                                                \
   }                                                                                                                  \
@@ -393,10 +438,42 @@ KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, 
   }
   for (int i = 0; i < rows; ++i) KNOCK_THIN_SUMS(quads[i], sums + i * 4)
 }
+
+template <int rows>
+KNOCK_TARGET_AVX512_BF16 void thin_square_avx512_bf16(int64_t k, const void* left, int64_t a_row, const bf16* b,
+                                                      int64_t b_col, float* sums) {
+  constexpr int lanes = 16, step = 32;
+  using Vector = Lanes<float, lanes>;
+  using Four = Lanes<float, 4>;
+  typedef float Pairs __attribute__((vector_size(64), aligned(2), may_alias));  // 32 bf16
+  const bf16* const a = static_cast<const bf16*>(left);
+  Vector::Type acc[rows][4] = {};
+  const int64_t whole = k / step * step;
+  const auto load = [=](const bf16* from, int64_t p) KNOCK_TARGET_AVX512_BF16 -> Vector::Type {
+    if (p < whole) return *reinterpret_cast<const Pairs*>(from + p);
+    Vector::Type rest = {};
+    std::memcpy(&rest, from + p, static_cast<std::size_t>(k - p) * sizeof(bf16));
+    return rest;
+  };
+  for (int64_t p = 0; p < k; p += step) {
+    Vector::Type value[4];
+    KNOCK_UNROLL for (int j = 0; j < 4; ++j) value[j] = load(b + j * b_col, p);
+    KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+      const Vector::Type row = load(a + i * a_row, p);
+      KNOCK_UNROLL for (int j = 0; j < 4; ++j) asm("vdpbf16ps %2, %1, %0" : "+v"(acc[i][j]) : "v"(row), "v"(value[j]));
+    }
+  }
+  Four::Type quads[rows][4];
+  KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+    KNOCK_UNROLL for (int j = 0; j < 4; ++j) KNOCK_THIN_QUAD(acc[i][j], quads[i][j])
+        KNOCK_THIN_SUMS(quads[i], sums + i * 4)
+  }
+}
 #endif
 #undef KNOCK_THIN_KERNELS
 #undef KNOCK_THIN_SUMS
 #undef KNOCK_THIN_QUAD
+#undef KNOCK_THIN_KEEP
 #undef KNOCK_THIN_CHAINS
 #undef KNOCK_THIN_LOAD
 #undef KNOCK_THIN_PREFETCH
@@ -404,12 +481,16 @@ KNOCK_TARGET_AVX512_BF16 void thin_dot_avx512_bf16(int64_t k, const void* left, 
 
 template <class T, int... i>
 const ThinKernels<T>& thin_kernels_of(Isa isa, std::integer_sequence<int, i...>) {
-  static constexpr ThinKernels<T> portable{false, {thin_dot_portable<T, i + 1>...}, {thin_add_portable<T, i + 1>...}};
+  static constexpr ThinKernels<T> portable{
+      false, {thin_dot_portable<T, i + 1>...}, thin_square_portable<T>, {thin_add_portable<T, i + 1>...}};
 #if KNOCK_X86
-  static constexpr ThinKernels<T> avx2{false, {thin_dot_avx2<T, i + 1>...}, {thin_add_avx2<T, i + 1>...}};
-  static constexpr ThinKernels<T> avx512{false, {thin_dot_avx512<T, i + 1>...}, {thin_add_avx512<T, i + 1>...}};
+  static constexpr ThinKernels<T> avx2{
+      false, {thin_dot_avx2<T, i + 1>...}, thin_square_avx2<T>, {thin_add_avx2<T, i + 1>...}};
+  static constexpr ThinKernels<T> avx512{
+      false, {thin_dot_avx512<T, i + 1>...}, thin_square_avx512<T>, {thin_add_avx512<T, i + 1>...}};
   if constexpr (std::is_same_v<T, bf16>) {
-    static constexpr ThinKernels<T> pairs{true, {thin_dot_avx512_bf16<i + 1>...}, {thin_add_avx512<T, i + 1>...}};
+    static constexpr ThinKernels<T> pairs{
+        true, {thin_dot_avx512_bf16<i + 1>...}, thin_square_avx512_bf16<4>, {thin_add_avx512<T, i + 1>...}};
     if (isa >= Isa::avx512_bf16) return pairs;
   }
   if (isa >= Isa::avx512) return avx512;

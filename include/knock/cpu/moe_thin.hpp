@@ -81,14 +81,16 @@ void moe_thin(const MoeInputs& in, const std::vector<ThinGroup>& groups, T* hidd
   const T *x = in.x.as<T>(), *weights = in.weights.as<T>();
   const ThinRows<W> x_rows(sorted_rows, c), activation(sorted_rows, f);
   std::vector<int64_t> place(static_cast<std::size_t>(slots), -1);  // of each slot in the sorted list, -1: dropped
-  for (int64_t row = 0; row < sorted_rows; ++row) {
-    place[static_cast<std::size_t>(order[row])] = row;
-    x_rows.at(row, [&](auto* to) {
-      const T* const from = x + order[row] / k * c;
-      KNOCK_SIMD
-      for (int64_t i = 0; i < c; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
-    });
-  }
+  parallel_for(sorted_rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      place[static_cast<std::size_t>(order[row])] = row;
+      x_rows.at(row, [&](auto* to) {
+        const T* const from = x + order[row] / k * c;
+        KNOCK_SIMD
+        for (int64_t i = 0; i < c; ++i) to[i] = static_cast<std::remove_pointer_t<decltype(to)>>(from[i]);
+      });
+    }
+  });
 
   // Calls body(group, begin, end) for blocks of `count` columns of every group's expert.
   const auto for_blocks = [&](int64_t count, int64_t bytes, auto&& body) {
@@ -153,7 +155,7 @@ KNOCK_FUNC bool moe_forward_thin(const MoeInputs& in, const Array& out_hidden, c
   // Beyond, packing pays: later in f32, where reading twice what is packed takes longer, than with dot products of
   // bf16.
   const bool pairs = in.x.dtype == DType::bf16 && thin_kernels<bf16>().narrow;
-  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0], pairs ? 8 : 96);
+  const auto groups = detail::thin_groups(in.offsets.as<int64_t>(), in.gate.shape[0], pairs ? 16 : 96);
   if (groups.empty()) return false;
   dispatch_float(in.x.dtype, "moe_experts", [&]<class T>(Type<T>) {
     if (in.gate.dtype == in.x.dtype) {

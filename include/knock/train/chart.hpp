@@ -49,9 +49,9 @@ std::string escape(std::string_view text_in);
 namespace knock::train {
 namespace detail {
 
-/// About `count` round numbers in the range, 1, 2 or 5 times a power of ten apart.
-inline std::vector<double> grid_lines(double low, double high, int count) {
-  const double raw = (high - low) / count, power = std::pow(10, std::floor(std::log10(raw)));
+/// About `count` round numbers in the range, 1, 2 or 5 times a power of ten apart, and at least `apart`.
+inline std::vector<double> grid_lines(double low, double high, int count, double apart = 0) {
+  const double raw = std::max((high - low) / count, apart), power = std::pow(10, std::floor(std::log10(raw)));
   const double digit = raw / power;
   const double step = power * (digit <= 1 ? 1 : digit <= 2 ? 2 : digit <= 5 ? 5 : 10);
   std::vector<double> out;
@@ -82,11 +82,12 @@ inline constexpr std::string_view page_style = R"(
 struct Frame {
   static constexpr double left = 62, right = 628, top = 16, bottom = 262;
   double x_low = std::numeric_limits<double>::infinity(), x_high = -x_low, y_low = x_low, y_high = -x_low;
+  bool x_whole = true;  // steps, which have no halves
 
   explicit Frame(const std::vector<Curve>& curves) {
     for (const Curve& curve : curves) {
       for (const auto& [x, y] : curve.points) {
-        x_low = std::min(x_low, x), x_high = std::max(x_high, x);
+        x_low = std::min(x_low, x), x_high = std::max(x_high, x), x_whole = x_whole && x == std::floor(x);
         y_low = std::min(y_low, y), y_high = std::max(y_high, y);
       }
     }
@@ -109,7 +110,7 @@ inline std::string draw_axes(const Frame& frame, const std::string& x_axis) {
                 frame.y(y), "'/><text x='", frame.left - 6, "' y='", frame.y(y, 4), "' text-anchor='end'>",
                 short_number(y), "</text>");
   }
-  for (const double x : grid_lines(frame.x_low, frame.x_high, 6))
+  for (const double x : grid_lines(frame.x_low, frame.x_high, 6, frame.x_whole ? 1 : 0))
     svg += text("<text x='", frame.x(x), "' y='280' text-anchor='middle'>", short_number(x), "</text>");
   return svg + text("<text x='", frame.right, "' y='296' text-anchor='end'>", escape(x_axis), "</text>");
 }
