@@ -250,11 +250,12 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
 // The processor's own prefetching starts anew in every page.
 #define KNOCK_THIN_PREFETCH(from) __builtin_prefetch(reinterpret_cast<const char*>(from) + 8192);
 
-// Keeps a vector in its register: compilers would rather load it again for each product.
+// Keeps a vector of that many bytes in its register: compilers would rather load it again for each product.
 #if KNOCK_X86
-#define KNOCK_THIN_KEEP(value) __asm__("" : "+v"(value));
+#define KNOCK_THIN_KEEP(value, bytes) \
+  if constexpr (sizeof(value) == (bytes)) __asm__("" : "+v"(value))
 #else
-#define KNOCK_THIN_KEEP(value)
+#define KNOCK_THIN_KEEP(value, bytes)
 #endif
 
 // quad = the lanes of `from`, added up to 4.
@@ -341,10 +342,13 @@ inline int64_t thin_rows_ahead(int64_t bytes) { return bytes > 0 && bytes < 1024
       typename Vector::Type acc[4][together] = {};                                                                   \
       for (p = 0; p + lanes <= k; p += lanes) {                                                                      \
         typename Vector::Type value[together];                                                                       \
-        KNOCK_UNROLL for (int c = 0; c < together; ++c){KNOCK_THIN_LOAD(                                             \
-            value[c], column + c * b_col + p) KNOCK_THIN_KEEP(value[c])} KNOCK_UNROLL for (int i = 0; i < 4; ++i) {  \
+        KNOCK_UNROLL for (int c = 0; c < together; ++c) {                                                            \
+          KNOCK_THIN_LOAD(value[c], column + c * b_col + p);                                                         \
+          KNOCK_THIN_KEEP(value[c], bytes);                                                                          \
+        }                                                                                                            \
+        KNOCK_UNROLL for (int i = 0; i < 4; ++i) {                                                                   \
           typename Vector::Type row = *reinterpret_cast<const typename Vector::Unaligned*>(a + i * a_row + p);       \
-          KNOCK_THIN_KEEP(row)                                                                                       \
+          KNOCK_THIN_KEEP(row, bytes);                                                                               \
           KNOCK_UNROLL for (int c = 0; c < together; ++c) acc[i][c] += row * value[c];                               \
         }                                                                                                            \
       }                                                                                                              \
