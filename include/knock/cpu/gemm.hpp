@@ -2,7 +2,7 @@
 // Matrix products: out = alpha a b + beta c.
 //
 // The structure is that of Goto and van de Geijn, "Anatomy of high-performance matrix multiplication" (2008): b is
-// packed once and used by all tiles of rows of a (cpu/gemm_tile.hpp).
+// packed once and used by all tiles of rows of a (cpu/gemm_tile.hpp); of few rows, each task packs its columns.
 //
 // Work is cut into tiles of the output, each made by one thread: how many does not touch the order of any sum. Long K
 // of small outputs is cut into parts by shape alone, which are added in order. The result has the same bits for any
@@ -87,6 +87,15 @@ Tiling tile(int64_t m, int64_t n) {
   return {row_tiles, tile_cols, (n + tile_cols - 1) / tile_cols};
 }
 
+/// Columns of a task that packs what it needs of b itself; 0 where all tasks had better share. Panels that another
+/// thread has packed come from its cache: for few rows that takes as long as the products.
+template <class P>
+int64_t own_cols(int64_t m, int64_t n) {
+  if (m <= 128) return task_cols<P>(1, n);
+  const int64_t width = micro_kernels<P>().cols, share = n / (2 * num_threads()) / width * width;
+  return m <= 512 && share >= 64 ? std::min<int64_t>(share, 512) : 0;
+}
+
 /// Whether too few tiles can be made of an output to share it out.
 inline bool small_output(int64_t m, int64_t n) { return (m + 127) / 128 * ((n + 63) / 64) <= 8; }
 
@@ -130,10 +139,9 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   const Tiling tiles = tile<P>(m, n);
   if (small_output(m, n) && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
-  if (tiles.row_tiles == 1) {  // no column of b is used twice
-    parallel_tasks(tiles.col_tiles, [&](int64_t t) {
-      const int64_t j = t * tiles.tile_cols;
-      multiply<P>(m, cols_of(j), k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
+  if (const int64_t cols = own_cols<P>(m, n); cols > 0) {
+    parallel_for(n, cols, [&](int64_t j, int64_t end) {
+      multiply<P>(m, end - j, k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
     });
     return;
   }
@@ -198,6 +206,17 @@ inline bool gemm_few_wide_rows(double alpha, const Array& a, const Array& b, dou
   return true;
 }
 
+/// to[i] = factor * from[i]
+template <class C, class To>
+void store_multiple(C factor, const C* from, int64_t n, To* to) {
+  KNOCK_SIMD
+  for (int64_t i = 0; i < n; ++i) to[i] = factor * from[i];
+}
+inline void store_multiple(float factor, const float* from, int64_t n, bf16* to) {
+  if (isa() >= Isa::avx512_bf16) return round_multiple(factor, from, n, to);
+  store_multiple<float, bf16>(factor, from, n, to);
+}
+
 /// K = 1: rows that are multiples of one, bounded by writing them. False, and nothing done, where it is not that.
 inline bool gemm_outer(double alpha, const Array& a, const Array& b, double beta, const Array& out) {
   const int64_t n = b.shape[b.rank() - 1];
@@ -210,13 +229,12 @@ inline bool gemm_outer(double alpha, const Array& a, const Array& b, double beta
       const C scale = static_cast<C>(alpha);
       const T* const row = b.as<T>();
       parallel_for(out.shape[0], std::max<int64_t>(1, 65536 / n), [&](int64_t begin, int64_t end) {
+        C* const wide = thread_scratch<C>(Slot::right, n);
         vectorized([&] {
-          for (int64_t i = begin; i < end; ++i) {
-            const C factor = static_cast<C>(a.as<T>()[i * a.strides[0]]);
-            To* const to = out.as<To>() + i * out.strides[0];
-            KNOCK_SIMD
-            for (int64_t j = 0; j < n; ++j) to[j] = scale * (factor * static_cast<C>(row[j]));
-          }
+          KNOCK_SIMD
+          for (int64_t j = 0; j < n; ++j) wide[j] = scale * static_cast<C>(row[j]);
+          for (int64_t i = begin; i < end; ++i)
+            store_multiple(static_cast<C>(a.as<T>()[i * a.strides[0]]), wide, n, out.as<To>() + i * out.strides[0]);
         });
       });
     });

@@ -5,8 +5,8 @@
 //
 //   b contiguous along k (x W^T)   4 columns of b at a time, as dot products with up to 4 rows of a; of more rows, the
 //                                  later ones meet them 4 by 4, every number loaded serving four products
-//   b contiguous along n (x W)     4 rows of b at a time, each times its factor of a, added to up to 4 rows of results
-//                                  that stay in the L1 cache
+//   b contiguous along n (x W)     4 rows of b at a time (of pairs 8), each times its factor of a, added to up to 4
+//                                  rows of results that stay in the L1 cache
 //
 // bf16 becomes f32 in registers, or is multiplied by AVX512-BF16's dot products of pairs. Every column is made by the
 // same sums whatever its neighbours and the thread: the bits depend on the shape alone.
@@ -24,9 +24,9 @@ template <class T>
 using ThinDot = void (*)(int64_t k, const void* a, int64_t a_row, const T* b, int64_t b_col, compute_t<T>* sums);
 
 /// out(i, j) += sum_p a(i, p) b(p, j) for r rows, where b(p, j) is b[p * b_row + j] and out(i, j) out[i * out_row + j].
-template <class T>
-using ThinAdd = void (*)(int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row,
-                         compute_t<T>* out, int64_t out_row);
+template <class T, class A>
+using ThinAdd = void (*)(int64_t n, int64_t k, const A* a, int64_t a_row, const T* b, int64_t b_row, compute_t<T>* out,
+                         int64_t out_row);
 
 /// The kernels of one instruction set, for 1 to 4 rows.
 template <class T>
@@ -34,7 +34,8 @@ struct ThinKernels {
   bool narrow;
   ThinDot<T> dot[4];
   ThinDot<T> square;  ///< 4 rows again, for columns that are in the L1 cache
-  ThinAdd<T> add[4];
+  ThinAdd<T, compute_t<T>> add[4];
+  ThinAdd<T, T> add_narrow[4] = {};  ///< where `narrow`
 };
 
 /// The kernels of the instruction set in use.
@@ -114,15 +115,22 @@ void thin_dots(int64_t m, int64_t k, ThinLeft a, Matrix<const T> b, int64_t begi
   }
 }
 
-/// out (m, n) += a (m, k) b (k, n) on this thread, b contiguous along n, a along k. m is at most thin_rows.
-template <class T>
-void thin_add(int64_t m, int64_t n, int64_t k, const compute_t<T>* a, int64_t a_row, const T* b, int64_t b_row,
-              compute_t<T>* out, int64_t out_row) {
+/// out (m, n) += a (m, k) b (k, n) on this thread, b contiguous along n, a along k. m is at most thin_rows. A is
+/// compute_t<T>, or T where the kernels are narrow.
+template <class T, class A>
+void thin_add(int64_t m, int64_t n, int64_t k, const A* a, int64_t a_row, const T* b, int64_t b_row, compute_t<T>* out,
+              int64_t out_row) {
+  const ThinAdd<T, A>* kernels = nullptr;
+  if constexpr (std::is_same_v<A, compute_t<T>>) {
+    kernels = thin_kernels<T>().add;
+  } else {
+    kernels = thin_kernels<T>().add_narrow;
+  }
   const int64_t depth = m <= 4 ? std::max<int64_t>(k, 1) : 32;  // for rows beyond 4, b comes from the caches
   for (int64_t p = 0; p < k; p += depth)
     for (int64_t i = 0; i < m; i += 4)
-      thin_kernels<T>().add[std::min<int64_t>(4, m - i) - 1](n, std::min(depth, k - p), a + i * a_row + p, a_row,
-                                                             b + p * b_row, b_row, out + i * out_row, out_row);
+      kernels[std::min<int64_t>(4, m - i) - 1](n, std::min(depth, k - p), a + i * a_row + p, a_row, b + p * b_row,
+                                               b_row, out + i * out_row, out_row);
 }
 
 /// Columns that one task of a thin product makes: whole fours, at least 64 KiB of b, at most 256 tasks.
@@ -151,23 +159,17 @@ void thin_dot_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> 
 template <class T, class C>
 void thin_add_product(int64_t m, int64_t n, int64_t k, C alpha, Matrix<const T> a, Matrix<const T> b, C beta,
                       Matrix<const T> c, Matrix<T> out) {
-  const C* left = nullptr;
-  int64_t left_row = a.row_stride;
-  if constexpr (std::is_same_v<T, C>)
-    if (a.col_stride == 1) left = a.data;
-  if (!left) {
-    C* const to = thread_scratch<C>(Slot::left, m * k);
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t p = 0; p < k; ++p) to[i * k + p] = static_cast<C>(a(i, p));
-    left = to;
-    left_row = k;
-  }
+  const ThinLeft left = thin_left(m, k, a);
   const int64_t width = std::min<int64_t>(std::max<int64_t>(256, (n + 63) / 64), 1024);  // results: at most 16 KiB
   parallel_for(n, width, [&](int64_t begin, int64_t end) {
     const int64_t cols = end - begin;
     C* const sums = thread_scratch<C>(Slot::tile, m * cols);
     std::fill(sums, sums + m * cols, C(0));
-    thin_add<T>(m, cols, k, left, left_row, b.data + begin, b.row_stride, sums, cols);
+    const auto add = [&]<class A>(Type<A>) {
+      thin_add<T, A>(m, cols, k, static_cast<const A*>(left.data), left.row_stride, b.data + begin, b.row_stride, sums,
+                     cols);
+    };
+    thin_kernels<T>().narrow ? add(Type<T>{}) : add(Type<C>{});
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < cols; ++j) {
         const C value = alpha * sums[i * cols + j];
@@ -473,6 +475,62 @@ KNOCK_TARGET_AVX512_BF16 void thin_square_avx512_bf16(int64_t k, const void* lef
         KNOCK_THIN_SUMS(quads[i], sums + i * 4)
   }
 }
+
+/// Eight rows of b at a time, as four pairs: two rows unpacked are the pairs of 32 columns, in an order of their own.
+template <int rows>
+KNOCK_TARGET_AVX512_BF16 void thin_add_avx512_bf16(int64_t n, int64_t k, const bf16* a, int64_t a_row, const bf16* b,
+                                                   int64_t b_row, float* out, int64_t out_row) {
+  constexpr int step = 32;
+  using Vector = Lanes<float, 16>;
+  using Row = Lanes<uint16_t, step>;
+  const int64_t ahead = thin_rows_ahead(b_row * static_cast<int64_t>(sizeof(bf16)));
+  const int64_t whole = n / step * step;
+  for (int64_t p = 0; p < k; p += 8, b += 8 * b_row) {
+    const int64_t depth = std::min<int64_t>(k - p, 8), paired = depth == 8 ? whole : 0;
+    int32_t factor[rows][4];  // pairs
+    if (paired > 0)
+      for (int i = 0; i < rows; ++i) std::memcpy(factor[i], a + i * a_row + p, sizeof(factor[i]));
+    for (int64_t j = 0; j < paired; j += step) {
+      Vector::Type sum[rows][2];
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+        const float* const at = out + i * out_row + j;
+        const Vector::Type low = *reinterpret_cast<const Vector::Unaligned*>(at),
+                           high = *reinterpret_cast<const Vector::Unaligned*>(at + 16);
+        sum[i][0] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        sum[i][1] = __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+      }
+      KNOCK_UNROLL for (int q = 0; q < 4; ++q) {
+        const bf16* const pair = b + 2 * q * b_row + j;
+        __builtin_prefetch(pair + ahead * b_row);
+        __builtin_prefetch(pair + (ahead + 1) * b_row);
+        const Row::Type first = *reinterpret_cast<const Row::Unaligned*>(pair),
+                        second = *reinterpret_cast<const Row::Unaligned*>(pair + b_row);
+        const auto low = __builtin_shufflevector(first, second, 0, 32, 1, 33, 2, 34, 3, 35, 8, 40, 9, 41, 10, 42, 11,
+                                                 43, 16, 48, 17, 49, 18, 50, 19, 51, 24, 56, 25, 57, 26, 58, 27, 59);
+        const auto high = __builtin_shufflevector(first, second, 4, 36, 5, 37, 6, 38, 7, 39, 12, 44, 13, 45, 14, 46, 15,
+                                                  47, 20, 52, 21, 53, 22, 54, 23, 55, 28, 60, 29, 61, 30, 62, 31, 63);
+        KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+          const auto both = factor[i][q] - Lanes<int32_t, 16>::Type{};
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sum[i][0]) : "v"(low), "v"(both));
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sum[i][1]) : "v"(high), "v"(both));
+        }
+      }
+      KNOCK_UNROLL for (int i = 0; i < rows; ++i) {
+        float* const at = out + i * out_row + j;
+        *reinterpret_cast<Vector::Unaligned*>(at) =
+            __builtin_shufflevector(sum[i][0], sum[i][1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+        *reinterpret_cast<Vector::Unaligned*>(at + 16) =
+            __builtin_shufflevector(sum[i][0], sum[i][1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+      }
+    }
+    for (int64_t q = 0; q < depth; ++q)
+      for (int i = 0; i < rows; ++i) {
+        const float one = a[i * a_row + p + q];
+        KNOCK_SIMD
+        for (int64_t j = paired; j < n; ++j) out[i * out_row + j] += one * static_cast<float>(b[q * b_row + j]);
+      }
+  }
+}
 #endif
 #undef KNOCK_THIN_KERNELS
 #undef KNOCK_THIN_SUMS
@@ -493,8 +551,11 @@ const ThinKernels<T>& thin_kernels_of(Isa isa, std::integer_sequence<int, i...>)
   static constexpr ThinKernels<T> avx512{
       false, {thin_dot_avx512<T, i + 1>...}, thin_square_avx512<T>, {thin_add_avx512<T, i + 1>...}};
   if constexpr (std::is_same_v<T, bf16>) {
-    static constexpr ThinKernels<T> pairs{
-        true, {thin_dot_avx512_bf16<i + 1>...}, thin_square_avx512_bf16<4>, {thin_add_avx512<T, i + 1>...}};
+    static constexpr ThinKernels<T> pairs{true,
+                                          {thin_dot_avx512_bf16<i + 1>...},
+                                          thin_square_avx512_bf16<4>,
+                                          {thin_add_avx512<T, i + 1>...},
+                                          {thin_add_avx512_bf16<i + 1>...}};
     if (isa >= Isa::avx512_bf16) return pairs;
   }
   if (isa >= Isa::avx512) return avx512;

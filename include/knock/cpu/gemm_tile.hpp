@@ -182,6 +182,20 @@ KNOCK_TARGET_AVX512_BF16 inline void round_along(const float* from, int64_t n, b
   std::copy(rounded, rounded + (n - i), to + i);
 }
 
+/// to[i] = factor * from[i]
+KNOCK_TARGET_AVX512_BF16 inline void round_multiple(float factor, const float* from, int64_t n, bf16* to) {
+  const auto block = [=](const float* x, bf16* y) KNOCK_TARGET_AVX512_BF16 {
+    const Sixteen low = factor * *reinterpret_cast<const Sixteen*>(x),
+                  high = factor * *reinterpret_cast<const Sixteen*>(x + 16);
+    KNOCK_BOTH_ROUNDED(low, high, *reinterpret_cast<RoundedPair*>(y));
+  };
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) block(from + i, to + i);
+  float rest[32];
+  for (int64_t j = i; j < n; ++j) rest[j - i] = factor * from[j];
+  round_along(rest, n - i, to + i);
+}
+
 /// to[i] = {first[i], second[i]}
 KNOCK_TARGET_AVX512_BF16 inline void round_across(const float* first, const float* second, int64_t n, Pair* to) {
   const auto block = [](const float* x, const float* y, Pair* out) KNOCK_TARGET_AVX512_BF16 {
@@ -214,6 +228,9 @@ KNOCK_TARGET_AVX512_BF16 inline void round_square(const float* from, int64_t str
 #else
 inline void round_along(const float* from, int64_t n, bf16* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+}
+inline void round_multiple(float factor, const float* from, int64_t n, bf16* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = factor * from[i];
 }
 inline void round_across(const float* first, const float* second, int64_t n, Pair* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = {first[i], second[i]};
