@@ -74,11 +74,12 @@ void parallel_tasks(int64_t n, Body&& body) {
 }
 
 /// parallel_tasks for tasks that read memory side by side: each thread works through neighbours, in order, and then
-/// helps the others. What it fetches ahead of one task is there for the next.
+/// helps the others. What it fetches ahead of one task is there for the next, and what one loop wrote is in the cache
+/// of the thread that reads it in the next loop over the same rows.
 template <class Body>
 void parallel_runs(int64_t n, Body&& body) {
 #ifdef _OPENMP
-  constexpr int most = 64;
+  constexpr int most = 256;
   const int runs = std::min(num_threads(), most);
   if (n > 1 && runs > 1) {
     detail::TaskError error;
@@ -99,7 +100,7 @@ void parallel_runs(int64_t n, Body&& body) {
   for (int64_t i = 0; i < n; ++i) body(i);
 }
 
-/// Calls `body(begin, end)` over chunks of [0, n) of `grain` items (the last one may be smaller).
+/// Calls `body(begin, end)` over chunks of [0, n) of `grain` items (the last one may be smaller), as parallel_runs.
 /// The chunks depend on n and grain alone.
 template <class Body>
 void parallel_for(int64_t n, int64_t grain, Body&& body) {
@@ -107,7 +108,7 @@ void parallel_for(int64_t n, int64_t grain, Body&& body) {
   grain = std::max<int64_t>(grain, 1);
   const int64_t chunks = (n + grain - 1) / grain;
   if (chunks == 1) return body(int64_t{0}, n);
-  parallel_tasks(chunks, [&](int64_t c) { body(c * grain, std::min(n, (c + 1) * grain)); });
+  parallel_runs(chunks, [&](int64_t c) { body(c * grain, std::min(n, (c + 1) * grain)); });
 }
 
 }  // namespace knock

@@ -107,7 +107,7 @@ void gemm_long(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Opera
   const int64_t parts = std::min<int64_t>(16, k / 1024), blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
   const Scratch<C> sums(parts * m * n);
   C* const partial = sums.data();  // (parts, m, n)
-  parallel_tasks(parts, [&](int64_t part) {
+  parallel_runs(parts, [&](int64_t part) {
     const int64_t begin = blocks * part / parts * k_block_of<P>,
                   end = std::min(k, blocks * (part + 1) / parts * k_block_of<P>);
     const Matrix<C> own{partial + part * m * n, n, 1};
@@ -140,7 +140,8 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   if (small_output(m, n) && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
   if (const int64_t cols = own_cols<P>(m, n); cols > 0) {
-    parallel_for(n, cols, [&](int64_t j, int64_t end) {
+    parallel_runs((n + cols - 1) / cols, [&](int64_t t) {
+      const int64_t j = t * cols, end = std::min(n, j + cols);
       multiply<P>(m, end - j, k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
     });
     return;
@@ -148,12 +149,12 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   const int64_t cols = padded_cols<P>(n), k_blocks = (k + k_block_of<P> - 1) / k_block_of<P>;
   const Scratch<P> panels(packed_size<P>(k, n));
   const int64_t pack_cols = task_cols<P>(k_blocks, n), pack_tasks = (n + pack_cols - 1) / pack_cols;
-  parallel_tasks(k_blocks * pack_tasks, [&](int64_t t) {
+  parallel_runs(k_blocks * pack_tasks, [&](int64_t t) {
     const int64_t p = t / pack_tasks * k_block_of<P>, j = t % pack_tasks * pack_cols;
     pack_block<P>(b, p, std::min(k_block_of<P>, k - p), j, std::min(pack_cols, n - j), panels.data(), cols);
   });
   const Packed<P> packed{panels.data(), cols};
-  parallel_tasks(tiles.count(), [&](int64_t t) {
+  parallel_runs(tiles.count(), [&](int64_t t) {
     const int64_t i = strip_start(m, tiles.row_tiles, t / tiles.col_tiles), j = t % tiles.col_tiles * tiles.tile_cols;
     const int64_t rows = strip_start(m, tiles.row_tiles, t / tiles.col_tiles + 1) - i;
     multiply_packed<P>(rows, cols_of(j), k, alpha, a.block(i, 0), packed, j, beta, c.block(i, j), out.block(i, j));
