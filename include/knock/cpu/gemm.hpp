@@ -140,8 +140,7 @@ void gemm_large(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Oper
   if (small_output(m, n) && k >= 4096) return gemm_long<P>(m, n, k, alpha, a, b, beta, c, out);
   const auto cols_of = [&](int64_t j) { return std::min(tiles.tile_cols, n - j); };
   if (const int64_t cols = own_cols<P>(m, n); cols > 0) {
-    parallel_runs((n + cols - 1) / cols, [&](int64_t t) {
-      const int64_t j = t * cols, end = std::min(n, j + cols);
+    parallel_for(n, cols, [&](int64_t j, int64_t end) {
       multiply<P>(m, end - j, k, alpha, a, b.block(0, j), beta, c.block(0, j), out.block(0, j));
     });
     return;
