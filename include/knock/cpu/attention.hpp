@@ -297,13 +297,15 @@ void add_scaled(int64_t n, C weight, const T* x, int64_t step, C* to) {
 /// Attention computes powers of 2: its scores are scaled by log2(e) with the rest.
 inline constexpr double log2_e = 1.44269504088896340736, ln_2 = 0.69314718055994530942;
 
-/// Row loops over n scores, a multiple of 16, that are in units of ln 2; compiled once per instruction set.
+/// Row loops over scores that are in units of ln 2, a multiple of 16 of them; compiled once per instruction set.
 template <class C>
 struct ScoreRows {
-  /// Adds 2^(s - m) of all scores to `sum`, where m = max(largest, all s) becomes the new `largest`; s becomes the
-  /// powers. Returns 2^(old largest - m), by which earlier sums shrink.
-  C (*forward)(int64_t n, C* s, C& largest, C& sum);
-  /// s becomes p = 2^(s - log_sum), and dp becomes p (dp - delta).
+  /// For each row, of scores `seen` at s + row * stride: adds 2^(score - m) of all to `sum`, where m = max(largest, all
+  /// scores) becomes the new `largest`; the scores become the powers. shrink = 2^(old largest - m), by which earlier
+  /// sums shrink. A row without scores stays as it is. Rows go through each step together: one's waits are another's
+  /// work.
+  void (*forward)(int64_t rows, const Range* seen, C* s, int64_t stride, C* largest, C* sum, C* shrink);
+  /// Of n scores, s becomes p = 2^(s - log_sum), and dp becomes p (dp - delta).
   void (*backward)(int64_t n, C* s, C* dp, C log_sum, C delta);
   /// The same where s is not -inf; where it is both become 0, even if the others are NaN.
   void (*backward_masked)(int64_t n, C* s, C* dp, C log_sum, C delta);
@@ -311,45 +313,52 @@ struct ScoreRows {
   void (*hide_others)(int64_t n, const int32_t* number, int32_t own, C* s);
 };
 
-#define KNOCK_SCORE_ROWS(name, target)                                                  \
-  template <class C>                                                                    \
-  target C forward_row_##name(int64_t n, C* s, C& largest, C& sum) {                    \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
-    const C top = row_max(s, n, largest), shift = top == -infinity ? C(0) : top;        \
-    C partial[row_lanes] = {};                                                          \
-    for (int64_t j = 0; j < n; j += row_lanes) {                                        \
-      KNOCK_SIMD                                                                        \
-      for (int64_t i = 0; i < row_lanes; ++i) {                                         \
-        const C p = math::exp2_down(s[j + i] - shift);                                  \
-        s[j + i] = p;                                                                   \
-        partial[i] += p;                                                                \
-      }                                                                                 \
-    }                                                                                   \
-    for (int64_t half = row_lanes / 2; half > 0; half /= 2) {                           \
-      KNOCK_SIMD                                                                        \
-      for (int64_t i = 0; i < half; ++i) partial[i] += partial[i + half];               \
-    }                                                                                   \
-    const C shrink = largest == top ? C(1) : math::exp2_down(largest - shift);          \
-    sum = sum * shrink + partial[0];                                                    \
-    largest = top;                                                                      \
-    return shrink;                                                                      \
-  }                                                                                     \
-  template <class C, bool masked>                                                       \
-  target void backward_row_##name(int64_t n, C* s, C* dp, C log_sum, C delta) {         \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
-    KNOCK_SIMD                                                                          \
-    for (int64_t j = 0; j < n; ++j) {                                                   \
-      const bool hidden = masked && s[j] == -infinity;                                  \
-      const C p = math::exp2_down(s[j] - log_sum), ds = p * (dp[j] - delta);            \
-      s[j] = hidden ? C(0) : p;                                                         \
-      dp[j] = hidden ? C(0) : ds;                                                       \
-    }                                                                                   \
-  }                                                                                     \
-  template <class C>                                                                    \
-  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) { \
-    constexpr C infinity = std::numeric_limits<C>::infinity();                          \
-    KNOCK_SIMD                                                                          \
-    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;         \
+#define KNOCK_SCORE_ROWS(name, target)                                                                               \
+  template <class C>                                                                                                 \
+  target void forward_rows_##name(int64_t rows, const Range* seen, C* s, int64_t stride, C* largest, C* sum,         \
+                                  C* shrink) {                                                                       \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                                       \
+    C top[max_micro_rows], partial[max_micro_rows][row_lanes] = {};                                                  \
+    for (int64_t r = 0; r < rows; ++r) top[r] = row_max(s + r * stride + seen[r].begin, seen[r].size(), largest[r]); \
+    for (int64_t r = 0; r < rows; ++r) {                                                                             \
+      const C shift = top[r] == -infinity ? C(0) : top[r];                                                           \
+      C lanes[row_lanes] = {};                                                                                       \
+      for (C* at = s + r * stride + seen[r].begin, *end = at + seen[r].size(); at < end; at += row_lanes) {          \
+        KNOCK_SIMD                                                                                                   \
+        for (int64_t i = 0; i < row_lanes; ++i) {                                                                    \
+          const C p = math::exp2_down(at[i] - shift);                                                                \
+          at[i] = p;                                                                                                 \
+          lanes[i] += p;                                                                                             \
+        }                                                                                                            \
+      }                                                                                                              \
+      std::copy(lanes, lanes + row_lanes, partial[r]);                                                               \
+    }                                                                                                                \
+    for (int64_t r = 0; r < rows; ++r) {                                                                             \
+      for (int64_t half = row_lanes / 2; half > 0; half /= 2) {                                                      \
+        KNOCK_SIMD                                                                                                   \
+        for (int64_t i = 0; i < half; ++i) partial[r][i] += partial[r][i + half];                                    \
+      }                                                                                                              \
+      shrink[r] = largest[r] == top[r] ? C(1) : math::exp2_down(largest[r] - top[r]);                                \
+      sum[r] = sum[r] * shrink[r] + partial[r][0];                                                                   \
+      largest[r] = top[r];                                                                                           \
+    }                                                                                                                \
+  }                                                                                                                  \
+  template <class C, bool masked>                                                                                    \
+  target void backward_row_##name(int64_t n, C* s, C* dp, C log_sum, C delta) {                                      \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                                       \
+    KNOCK_SIMD                                                                                                       \
+    for (int64_t j = 0; j < n; ++j) {                                                                                \
+      const bool hidden = masked && s[j] == -infinity;                                                               \
+      const C p = math::exp2_down(s[j] - log_sum), ds = p * (dp[j] - delta);                                         \
+      s[j] = hidden ? C(0) : p;                                                                                      \
+      dp[j] = hidden ? C(0) : ds;                                                                                    \
+    }                                                                                                                \
+  }                                                                                                                  \
+  template <class C>                                                                                                 \
+  target void hide_others_##name(int64_t n, const int32_t* number, int32_t own, C* s) {                              \
+    constexpr C infinity = std::numeric_limits<C>::infinity();                                                       \
+    KNOCK_SIMD                                                                                                       \
+    for (int64_t j = 0; j < n; ++j) s[j] = number[j] == own ? s[j] : -infinity;                                      \
   }
 
 #ifdef __clang__  // says so when it leaves one of the loops scalar: those in f64
@@ -370,11 +379,11 @@ template <class C>
 ScoreRows<C> score_rows() {
 #if KNOCK_X86
   if (isa() >= Isa::avx512)
-    return {forward_row_avx512<C>, backward_row_avx512<C, false>, backward_row_avx512<C, true>, hide_others_avx512<C>};
+    return {forward_rows_avx512<C>, backward_row_avx512<C, false>, backward_row_avx512<C, true>, hide_others_avx512<C>};
   if (isa() == Isa::avx2)
-    return {forward_row_avx2<C>, backward_row_avx2<C, false>, backward_row_avx2<C, true>, hide_others_avx2<C>};
+    return {forward_rows_avx2<C>, backward_row_avx2<C, false>, backward_row_avx2<C, true>, hide_others_avx2<C>};
 #endif
-  return {forward_row_portable<C>, backward_row_portable<C, false>, backward_row_portable<C, true>,
+  return {forward_rows_portable<C>, backward_row_portable<C, false>, backward_row_portable<C, true>,
           hide_others_portable<C>};
 }
 
@@ -535,20 +544,25 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
       const int64_t col = (seen.begin - start) / width * width,
                     cols = (seen.end - start - col + width - 1) / width * width;
       a.scores_of(rows, cols, q + first * q_stride, q_stride, keys, start + col, s + col, key_tile);
+      Range own[max_micro_rows], lanes[max_micro_rows];
+      C shrink[max_micro_rows];
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = first + r;
-        const Range own = visible.keys_of({tile.begin + i, tile.begin + i + 1}).intersect({start, start + key_tile});
+        const int64_t i = queries.begin + r;
+        const Range keys_seen = visible.keys_of({i, i + 1}).intersect(seen);
+        own[r] = lanes[r] = {0, 0};
+        if (keys_seen.empty()) continue;
         C* const line = s + r * key_tile;
-        if (!own.empty()) {
-          if (masked) a.apply_masks(visible, b, h, tile.begin + i, own, line + own.begin - start);
-          const Range places{own.begin - start, own.end - start}, lanes = whole_lanes(places);
-          std::fill(line + lanes.begin, line + places.begin, -std::numeric_limits<C>::infinity());
-          std::fill(line + places.end, line + lanes.end, -std::numeric_limits<C>::infinity());
-          const C shrink = a.rows.forward(lanes.size(), line + lanes.begin, m[i], l[i]);
-          if (shrink != 1)
-            for (int64_t d = 0; d < a.value_cols; ++d) sum[i * a.value_cols + d] *= shrink;
-        }
-        clear_outside(line + col, cols, {own.begin - start - col, own.end - start - col});
+        own[r] = {keys_seen.begin - start, keys_seen.end - start};
+        lanes[r] = whole_lanes(own[r]);
+        if (masked) a.apply_masks(visible, b, h, i, keys_seen, line + own[r].begin);
+        std::fill(line + lanes[r].begin, line + own[r].begin, -std::numeric_limits<C>::infinity());
+        std::fill(line + own[r].end, line + lanes[r].end, -std::numeric_limits<C>::infinity());
+      }
+      a.rows.forward(rows, lanes, s, key_tile, m + first, l + first, shrink);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (shrink[r] != 1)
+          for (int64_t d = 0; d < a.value_cols; ++d) sum[(first + r) * a.value_cols + d] *= shrink[r];
+        clear_outside(s + r * key_tile + col, cols, {own[r].begin - col, own[r].end - col});
       }
       const P* const weights = score_units(s + col, rows, cols, key_tile, s_units);  // from key start + col
       const int64_t skip = (seen.begin - start - col) / unit, units = units_of<P>(seen.end - start - col) - skip;
@@ -577,39 +591,74 @@ void attention_tile(const Attention<T, P>& a, int64_t b, int64_t h, Range tile, 
   copy_out(sum, a.value_cols, count, a.value_depth, out);
 }
 
+/// Keys and values of one key head as backward multiplies them, in tiles: packed once for all its query heads.
+template <class T, class P>
+class KeyTiles {
+ public:
+  static constexpr int64_t keys = 128;  ///< of a tile; the last one may have fewer
+
+  struct Tile {
+    const P* across;       ///< keys (keys, D) as units across keys; rows that are marked as zeros
+    Packed<P> k, v;        ///< (D, keys) and (Dv, keys)
+    const uint8_t* marks;  ///< keys that are not finite
+  };
+
+  KeyTiles(const Attention<T, P>& a, int64_t b, int64_t kv_head)
+      : across_size_(keys / unit_size<P> * a.depth_cols),
+        k_size_(units_of<P>(a.depth) * keys),
+        tile_size_(across_size_ + k_size_ + units_of<P>(a.value_depth) * keys),
+        all_keys_(a.keys),
+        units_((a.keys + keys - 1) / keys * tile_size_),
+        marks_(a.keys) {
+    const Matrix<const T> k = head_of<const T>(a.k, b, kv_head), v = head_of<const T>(a.v, b, kv_head);
+    mark_not_finite(k, a.keys, a.depth, marks_.data());
+    for (int64_t start = 0; start < a.keys; start += keys) {
+      const int64_t count = std::min(keys, a.keys - start);
+      P* const to = units_.data() + start / keys * tile_size_;
+      rows_across(k.block(start, 0), count, a.depth, a.depth_cols, marks_.data() + start, to);
+      pack<P>(Operand(k.block(start, 0).t()), a.depth, count, to + across_size_);
+      pack<P>(Operand(v.block(start, 0).t()), a.value_depth, count, to + across_size_ + k_size_);
+    }
+  }
+
+  Tile from(int64_t start) const {
+    const P* const at = units_.data() + start / keys * tile_size_;
+    const int64_t cols = padded_cols<P>(std::min(keys, all_keys_ - start));
+    return {at, {at + across_size_, cols}, {at + across_size_ + k_size_, cols}, marks_.data() + start};
+  }
+
+ private:
+  int64_t across_size_, k_size_, tile_size_, all_keys_;
+  Scratch<P> units_;
+  Scratch<uint8_t> marks_;
+};
+
 /// Gradients of a stretch of queries of one head, given their rows of out, dout, log_sum_exp and dq; those of k and v
 /// are added to dk (Tk, depth_cols) and dv (Tk, value_cols).
 template <class T, class P>
-void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range stretch, Matrix<const T> out,
-                        Matrix<const T> dout, const sum_t<P>* log_sum_exp, Matrix<T> dq_out, sum_t<P>* dk,
-                        sum_t<P>* dv) {
+void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range stretch, const KeyTiles<T, P>& tiles,
+                        Matrix<const T> out, Matrix<const T> dout, const sum_t<P>* log_sum_exp, Matrix<T> dq_out,
+                        sum_t<P>* dk, sum_t<P>* dv) {
   using C = sum_t<P>;
   using A = operand_t<P>;
   const TileScope scope;
-  constexpr int64_t key_tile = 128, query_tile = 112, unit = unit_size<P>;
+  constexpr int64_t key_tile = KeyTiles<T, P>::keys, query_tile = 112, unit = unit_size<P>;
   constexpr bool paired = unit > 1;
   const int64_t width = a.kernels.cols, strip_rows = a.kernels.rows, dc = a.depth_cols, vc = a.value_cols;
   const int64_t all = stretch.size(), query_units = units_of<P>(all), d_units = units_of<P>(dc),
                 v_units = units_of<P>(vc);
-  const Scratch<P> q_rows(all * d_units), dy_rows(all * v_units);            // (all, D), (all, Dv): along features
-  const Scratch<P> q_across(query_units * dc), dy_across(query_units * vc);  // the same across queries
-  const Scratch<P> key_buffer((key_tile / unit) * dc + units_of<P>(a.depth) * key_tile +
-                              units_of<P>(a.value_depth) * key_tile);
-  P *const k = key_buffer.data(), *const k_packed = k + (key_tile / unit) * dc;  // across keys; (D, key_tile) packed
-  P* const v_packed = k_packed + units_of<P>(a.depth) * key_tile;                // (Dv, key_tile) packed
-  const Scratch<A> p_buffer(2 * query_tile * key_tile);                          // p and ds (query_tile, key_tile)
+  const Scratch<P> q_rows(all * d_units), dy_rows(all * v_units);  // (all, D), (all, Dv): along features
+  const Scratch<A> p_buffer(2 * query_tile * key_tile);            // p and ds (query_tile, key_tile)
   A *const p = p_buffer.data(), *const ds = p + query_tile * key_tile;
   const Scratch<P> across_buffer(paired ? query_tile * key_tile : 1);  // the same across queries
   const Scratch<C> sums(all * (dc + 1) + (paired ? 2 * strip_rows * key_tile : 0));
   C *const dq = sums.data(), *const delta = dq + all * dc;  // (all, depth_cols), (all)
-  // Rows that hold NaN or an infinity: of q or dout (all), of k (key_tile).
-  const Scratch<uint8_t> marks(2 * all + key_tile);
-  uint8_t *const bad_queries = marks.data(), *const bad_dout = bad_queries + all, *const bad_keys = bad_dout + all;
+  const Scratch<uint8_t> marks(2 * all);
+  uint8_t *const bad_queries = marks.data(), *const bad_dout = bad_queries + all;  // rows of q or dout not finite
   const Visible visible = a.visible(b);
   const bool masked = a.masked(visible);
   const Matrix<const T> q_head = head_of<const T>(a.q, b, h).block(stretch.begin, 0),
-                        k_head = head_of<const T>(a.k, b, h / a.group()),
-                        v_head = head_of<const T>(a.v, b, h / a.group());
+                        k_head = head_of<const T>(a.k, b, h / a.group());
   rows_along(q_head, all, a.depth, d_units, q_rows.data());
   rows_along(dout, all, a.value_depth, v_units, dy_rows.data());
   std::fill(dq, dq + all * dc, C(0));
@@ -627,17 +676,22 @@ void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range st
       delta[i] = dout.col_stride == 1 && out.col_stride == 1 ? dot(1, 1) : dot(dout.col_stride, out.col_stride);
     }
   });
-  rows_across(q_head, all, a.depth, dc, bad_queries, q_across.data());
-  rows_across(dout, all, a.value_depth, vc, bad_queries, dy_across.data());
+  // Where a unit is one element, units across queries are the same as along features, as long as none is taken out.
+  const bool one_copy = unit == 1 && !std::memchr(bad_queries, 1, static_cast<std::size_t>(all));
+  const Scratch<P> across_queries(one_copy ? 0 : query_units * (dc + vc));  // (all, D) and (all, Dv)
+  const P *q_across = q_rows.data(), *dy_across = dy_rows.data();
+  if (!one_copy) {
+    P *const q_to = across_queries.data(), *const dy_to = q_to + query_units * dc;
+    rows_across(q_head, all, a.depth, dc, bad_queries, q_to);
+    rows_across(dout, all, a.value_depth, vc, bad_queries, dy_to);
+    q_across = q_to, dy_across = dy_to;
+  }
   const C scale = static_cast<C>(a.scores.scale);
   for (int64_t start = 0; start < a.keys; start += key_tile) {
     const int64_t tile_keys = std::min(key_tile, a.keys - start);
     const Range seeing = visible.queries_of({start, start + tile_keys}).intersect(stretch);
     if (seeing.empty()) continue;
-    mark_not_finite(k_head.block(start, 0), tile_keys, a.depth, bad_keys);
-    rows_across(k_head.block(start, 0), tile_keys, a.depth, dc, bad_keys, k);
-    const Packed<P> k_t = pack<P>(Operand(k_head.block(start, 0).t()), a.depth, tile_keys, k_packed);
-    const Packed<P> v_t = pack<P>(Operand(v_head.block(start, 0).t()), a.value_depth, tile_keys, v_packed);
+    const auto tile = tiles.from(start);
     const int64_t behind = seeing.end - stretch.begin;
     for (int64_t from = (seeing.begin - stretch.begin) / unit * unit; from < behind; from += query_tile) {
       const int64_t count = std::min(query_tile, behind - from), strips = (count + strip_rows - 1) / strip_rows;
@@ -657,9 +711,10 @@ void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range st
         const int64_t col = (seen.begin - start) / width * width,
                       cols = (seen.end - start - col + width - 1) / width * width;
         if (!seen.empty()) {
-          a.scores_of(rows, cols, q_rows.data() + (from + first) * d_units, d_units, k_t, col, p_sums + col, key_tile);
-          a.product_packed(rows, cols, a.value_depth, 1, dy_rows.data() + (from + first) * v_units, v_units, v_t, col,
-                           ds_sums + col, key_tile);
+          a.scores_of(rows, cols, q_rows.data() + (from + first) * d_units, d_units, tile.k, col, p_sums + col,
+                      key_tile);
+          a.product_packed(rows, cols, a.value_depth, 1, dy_rows.data() + (from + first) * v_units, v_units, tile.v,
+                           col, ds_sums + col, key_tile);
         }
         for (int64_t r = 0; r < rows; ++r) {
           const int64_t i = from + first + r;
@@ -681,8 +736,8 @@ void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range st
         if (seen.empty()) continue;
         const int64_t skip = (seen.begin - start) / unit, units = units_of<P>(seen.end - start) - skip;
         a.product(rows, dc, units, scale, reinterpret_cast<const P*>(ds_strip) + skip, key_tile / unit, 1,
-                  k + skip * dc, 1, dc, true, dq + (from + first) * dc, dc);
-        for_marked(bad_keys, {seen.begin - start, seen.end - start}, [&](int64_t j) {
+                  tile.across + skip * dc, 1, dc, true, dq + (from + first) * dc, dc);
+        for_marked(tile.marks, {seen.begin - start, seen.end - start}, [&](int64_t j) {
           for (int64_t r = 0; r < rows; ++r)
             if (a.sees(visible, b, h, queries.begin + r, start + j))
               add_scaled(a.depth, scale * ds_sums[r * key_tile + j], &k_head(start + j, 0), k_head.col_stride,
@@ -720,9 +775,9 @@ void attention_backward(const Attention<T, P>& a, int64_t b, int64_t h, Range st
         const int64_t skip = (by.begin - stretch.begin - from) / unit,
                       units = units_of<P>(by.end - stretch.begin - from) - skip;
         const int64_t at = skip * key_tile + key, row = from / unit + skip;
-        a.product(rows, vc, units, 1, p_units + at, 1, key_tile, dy_across.data() + row * vc, 1, vc, true,
+        a.product(rows, vc, units, 1, p_units + at, 1, key_tile, dy_across + row * vc, 1, vc, true,
                   dv + (start + key) * vc, vc);
-        a.product(rows, dc, units, scale, ds_units + at, 1, key_tile, q_across.data() + row * dc, 1, dc, true,
+        a.product(rows, dc, units, scale, ds_units + at, 1, key_tile, q_across + row * dc, 1, dc, true,
                   dk + (start + key) * dc, dc);
       }
     }
@@ -772,12 +827,14 @@ void attention_backward(const Attention<T, P>& a, const Array& out, const Array&
   parallel_tasks(a.batch * a.kv_heads * parts, [&](int64_t task) {
     C *const own = partial.data() + task * part_size, *const own_dv = own + a.keys * a.depth_cols;
     std::fill(own, own + part_size, C(0));
+    const int64_t kv_head = task / parts;
+    const KeyTiles<T, P> tiles(a, kv_head / a.kv_heads, kv_head % a.kv_heads);
     for (int64_t i = 0; i < per_task; ++i) {
       const int64_t head = task * per_task + i, b = head / a.heads, h = head % a.heads;
       for (int64_t s = 0; s < stretches; ++s) {
         const Range stretch{strip_start(a.queries, stretches, s, unit_size<P>),
                             strip_start(a.queries, stretches, s + 1, unit_size<P>)};
-        attention_backward(a, b, h, stretch, head_of<const T>(out, b, h).block(stretch.begin, 0),
+        attention_backward(a, b, h, stretch, tiles, head_of<const T>(out, b, h).block(stretch.begin, 0),
                            head_of<const T>(dout, b, h).block(stretch.begin, 0),
                            log_sum_exp.as<C>() + head * a.queries + stretch.begin,
                            head_of<T>(dq, b, h).block(stretch.begin, 0), own, own_dv);
