@@ -80,10 +80,9 @@ int64_t task_cols(int64_t times, int64_t n) {
   return cols;
 }
 
-/// Tiles of up to 128 rows.
 template <class P>
 Tiling tile(int64_t m, int64_t n) {
-  const int64_t row_tiles = (m + 127) / 128, tile_cols = task_cols<P>(row_tiles, n);
+  const int64_t row_tiles = (m + tile_rows - 1) / tile_rows, tile_cols = task_cols<P>(row_tiles, n);
   return {row_tiles, tile_cols, (n + tile_cols - 1) / tile_cols};
 }
 
@@ -91,13 +90,13 @@ Tiling tile(int64_t m, int64_t n) {
 /// thread has packed come from its cache: for few rows that takes as long as the products.
 template <class P>
 int64_t own_cols(int64_t m, int64_t n) {
-  if (m <= 128) return task_cols<P>(1, n);
+  if (m <= tile_rows) return task_cols<P>(1, n);
   const int64_t width = micro_kernels<P>().cols, share = n / (2 * num_threads()) / width * width;
   return m <= 512 && share >= 64 ? std::min<int64_t>(share, 512) : 0;
 }
 
 /// Whether too few tiles can be made of an output to share it out.
-inline bool small_output(int64_t m, int64_t n) { return (m + 127) / 128 * ((n + 63) / 64) <= 8; }
+inline bool small_output(int64_t m, int64_t n) { return (m + tile_rows - 1) / tile_rows * ((n + 63) / 64) <= 8; }
 
 /// A small output with long K: the parts of K are computed side by side and added in order.
 template <class P>

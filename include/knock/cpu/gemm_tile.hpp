@@ -72,7 +72,9 @@ struct Result : Operand {
 
 /// Units of K between two visits of an output tile.
 inline constexpr int64_t k_block = 256;
-/// The same in elements.
+/// Most rows of a that are multiplied with one block of b before the next: they stay in the L2 cache meanwhile.
+inline constexpr int64_t tile_rows = 128;
+/// k_block in elements.
 template <class P>
 inline constexpr int64_t k_block_of = k_block* unit_size<P>;
 
@@ -327,24 +329,35 @@ void transpose_8x8(const T* from, int64_t from_stride, P* to, int64_t to_stride)
 }
 
 /// Panels of rows whose n elements lie side by side: row p of `depth` begins at row_of(p). A few rows are read at a
-/// time, as streams.
+/// time, as streams, while the next ones are fetched.
 template <class T, class P, class RowOf>
 void pack_rows(const RowOf& row_of, int64_t depth, int64_t n, int64_t width, P* to) {
-  constexpr int64_t unit = unit_size<P>, together = 8;
+  constexpr int64_t unit = unit_size<P>, together = 8 * unit, line = 64 / static_cast<int64_t>(sizeof(T));
   const int64_t units = units_of<P>(depth);
-  for (int64_t first = 0; first < units; first += together)
-    for (int64_t j = 0; j < n; j += width)
-      for (int64_t u = first; u < std::min(first + together, units); ++u) {
-        const int64_t p = u * unit, cols = std::min(width, n - j);
-        P* const at = to + j * units + u * width;
-        if (const int64_t next = p + together * unit; next < depth) {
-          for (int64_t i = next; i < std::min(next + unit, depth); ++i)
-            for (int64_t line = 0; line < cols; line += 64 / static_cast<int64_t>(sizeof(T)))
-              __builtin_prefetch(row_of(i) + j + line);
-        }
-        units_across_k<T, P>(row_of(p) + j, p + 1 < depth ? row_of(p + 1) + j : nullptr, cols, at);
+  const T *row[together], *next[together];
+  for (int64_t first = 0; first < depth; first += together) {
+    const int64_t rows = std::min(together, depth - first),
+                  ahead = std::clamp<int64_t>(depth - first - together, 0, together);
+    for (int64_t i = 0; i < rows; ++i) row[i] = row_of(first + i);
+    for (int64_t i = 0; i < ahead; ++i) next[i] = row_of(first + together + i);
+    const auto pack_part = [&](int64_t j, auto cols) {
+      for (int64_t i = 0; i < rows; i += unit) {
+        P* const at = to + j * units + (first + i) / unit * width;
+        for (int64_t d = i; d < std::min(i + unit, ahead); ++d)
+          for (int64_t c = 0; c < cols; c += line) __builtin_prefetch(next[d] + j + c);
+        units_across_k<T, P>(row[i] + j, i + 1 < rows ? row[i + 1] + j : nullptr, cols, at);
         std::fill(at + cols, at + width, P());
       }
+    };
+    constexpr std::integral_constant<int64_t, 32> whole;  // a panel of AVX-512, copied without loops
+    for (int64_t j = 0; j < n; j += width) {
+      if (width == whole && j + width <= n) {
+        pack_part(j, whole);
+      } else {
+        pack_part(j, std::min(width, n - j));
+      }
+    }
+  }
 }
 
 /// One panel of columns: to[u * width + j] = unit u of b's column j for j < n, and 0 up to width.
@@ -543,7 +556,7 @@ struct RightOperand {
   }
 };
 
-/// All blocks of K of one tile. left_of(p, depth) gives a's `depth` columns from p.
+/// All blocks of K. left_of(i, rows, p, depth) gives a's `rows` rows from i and `depth` columns from p.
 template <class P, class LeftOf>
 void multiply_blocks(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, const LeftOf& left_of,
                      const RightOperand<P>& right, sum_t<P> beta, Operand c, Result out) {
@@ -551,12 +564,16 @@ void multiply_blocks(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, const Left
   if (m == 0 || n == 0) return;
   if (k == 0) return scale_addend<P>(m, n, beta, c, out);
   const Accumulator<P> to(m, n, k <= block, alpha, beta, c, out);
+  const int64_t tiles = (m + tile_rows - 1) / tile_rows, multiple = micro_kernels<P>().multiple;
   for (int64_t p = 0; p < k; p += block) {
     const int64_t depth = std::min(block, k - p);
-    const Left<P> left = left_of(p, depth);
     const auto b = right.block(p, depth);
-    multiply_block<P>(m, n, units_of<P>(depth), left, b.data, b.panel_stride, b.step,
-                      to.output(p == 0, p + block >= k));
+    const auto output = to.output(p == 0, p + block >= k);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t i = strip_start(m, tiles, t, multiple), rows = strip_start(m, tiles, t + 1, multiple) - i;
+      multiply_block<P>(rows, n, units_of<P>(depth), left_of(i, rows, p, depth), b.data, b.panel_stride, b.step,
+                        output.below(i));
+    }
   }
   to.finish();
 }
@@ -590,7 +607,9 @@ template <class P>
 void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Packed<P> b, int64_t col,
                      sum_t<P> beta, Operand c, Result out) {
   using Right = detail::RightOperand<P>;
-  const auto left_of = [&](int64_t p, int64_t depth) { return detail::left_tile<P>(a.block(0, p), m, depth); };
+  const auto left_of = [&](int64_t i, int64_t rows, int64_t p, int64_t depth) {
+    return detail::left_tile<P>(a.block(i, p), rows, depth);
+  };
   detail::multiply_blocks<P>(m, n, k, alpha, left_of, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
 }
 
@@ -598,8 +617,8 @@ template <class P>
 void multiply_packed(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Left<P> a, Packed<P> b, int64_t col,
                      sum_t<P> beta, Operand c, Result out) {
   using Right = detail::RightOperand<P>;
-  const auto left_of = [&](int64_t p, int64_t) {
-    return Left<P>{a.data + p / unit_size<P> * a.step, a.row_stride, a.step};
+  const auto left_of = [&](int64_t i, int64_t, int64_t p, int64_t) {
+    return Left<P>{a.data + i * a.row_stride + p / unit_size<P> * a.step, a.row_stride, a.step};
   };
   detail::multiply_blocks<P>(m, n, k, alpha, left_of, Right{Right::Kind::packed, b, {}, col, n}, beta, c, out);
 }
@@ -612,7 +631,9 @@ void multiply(int64_t m, int64_t n, int64_t k, sum_t<P> alpha, Operand a, Operan
   const bool read_once = m <= 2 * kernels.rows || b.row_stride <= 2 * kernels.cols;
   const bool in_place = !std::is_same_v<P, Pair> && b.dtype == dtype_of<sum_t<P>>() && read_once && b.col_stride == 1 &&
                         n % kernels.cols == 0;
-  const auto left_of = [&](int64_t p, int64_t depth) { return detail::left_tile<P>(a.block(0, p), m, depth); };
+  const auto left_of = [&](int64_t i, int64_t rows, int64_t p, int64_t depth) {
+    return detail::left_tile<P>(a.block(i, p), rows, depth);
+  };
   const Right right{in_place ? Right::Kind::in_place : Right::Kind::to_pack, {}, b, 0, n};
   detail::multiply_blocks<P>(m, n, k, alpha, left_of, right, beta, c, out);
 }
