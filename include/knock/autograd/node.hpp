@@ -78,7 +78,7 @@ class Node : public std::enable_shared_from_this<Node> {
 
 /// A shared node whose destruction does not recurse along the graph.
 template <class T, class... Args>
-std::shared_ptr<T> make_node(Args&&... args);
+std::shared_ptr<Node> make_node(Args&&... args);
 
 /// What a tensor carries for autograd.
 struct Meta {
@@ -187,8 +187,9 @@ std::shared_ptr<Node> accumulator_of(const Tensor& leaf);
 }  // namespace detail
 
 template <class T, class... Args>
-std::shared_ptr<T> make_node(Args&&... args) {
-  return std::shared_ptr<T>(new T(std::forward<Args>(args)...), detail::retire);
+std::shared_ptr<Node> make_node(Args&&... args) {
+  Node* const node = new T(std::forward<Args>(args)...);  // shared as a Node: one shared_ptr to compile for all ops
+  return {node, detail::retire};
 }
 
 /// Records that `op` made the outputs from the inputs. `backward(const Upstream&) -> Tensors` gives one gradient per
