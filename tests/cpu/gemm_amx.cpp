@@ -1,12 +1,11 @@
-// The matrix unit's kernel, with an emulation of its instructions: any machine checks addresses, edges and layouts.
-// What the processor itself does is checked by the tests of products where there is one (KNOCK_ISA=amx).
+// The matrix unit's kernel: addresses, edges and layouts. Where the processor has none, its instructions are emulated.
 #include <knock/core/dtype.hpp>
 #include <knock/cpu/gemm_amx.hpp>
 
+#include <support/amx/emulation.hpp>
+
 #include <doctest/doctest.h>
 
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -19,41 +18,6 @@ struct TwoElements {
   bf16 first, second;
 };
 
-/// Eight tiles of 16 rows of 64 bytes.
-struct EmulatedTiles {
-  static inline char tiles[8][16][64];
-
-  template <int tile>
-  static void zero() {
-    std::memset(tiles[tile], 0, sizeof(tiles[tile]));
-  }
-  template <int tile>
-  static void load(const void* from, int64_t stride) {
-    for (int64_t row = 0; row < 16; ++row)
-      std::memcpy(tiles[tile][row], static_cast<const char*>(from) + row * stride * 4, 64);
-  }
-  template <int tile>
-  static void store(void* to, int64_t stride) {
-    for (int64_t row = 0; row < 16; ++row) std::memcpy(static_cast<char*>(to) + row * stride * 4, tiles[tile][row], 64);
-  }
-  template <int sums, int left, int right>
-  static void add_product() {
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) {
-        float sum;
-        std::memcpy(&sum, &tiles[sums][i][4 * j], 4);
-        for (int u = 0; u < 16; ++u) {
-          TwoElements a, b;
-          std::memcpy(&a, &tiles[left][i][4 * u], 4);
-          std::memcpy(&b, &tiles[right][u][4 * j], 4);
-          sum += static_cast<float>(a.first) * static_cast<float>(b.first) +
-                 static_cast<float>(a.second) * static_cast<float>(b.second);
-        }
-        std::memcpy(&tiles[sums][i][4 * j], &sum, 4);
-      }
-  }
-};
-
 /// Small whole numbers, whose products and sums are exact.
 TwoElements number(int64_t i) {
   return {static_cast<bf16>(static_cast<float>(i * 7 % 13 - 6)), static_cast<bf16>(static_cast<float>(i * 5 % 11 - 5))};
@@ -62,6 +26,11 @@ TwoElements number(int64_t i) {
 }  // namespace
 
 TEST_CASE("gemm_amx: every number of rows and steps, both layouts of a, nothing read beyond the edges") {
+  if (!test::emulate_amx()) {
+    MESSAGE("skipped: no AMX here, and no AVX-512 for bf16 to emulate it with");
+    return;
+  }
+  detail::Tiles::configure();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const bool transposed : {false, true})
     for (const int64_t k : {1, 5, 15, 16, 17, 32, 50})
@@ -81,7 +50,7 @@ TEST_CASE("gemm_amx: every number of rows and steps, both layouts of a, nothing 
         for (int64_t p = 0; p < k; ++p)
           for (int64_t j = 0; j < 32; ++j) b_at(p, j) = number(p * 17 + j * 3 + 1);
         std::vector<float> sums(32 * 32, nan);
-        detail::tile_kernel<EmulatedTiles>(rows, k, a.data(), a_row, a_step, b.data(), b_step, sums.data());
+        detail::tile_kernel(rows, k, a.data(), a_row, a_step, b.data(), b_step, sums.data());
         int64_t wrong = 0;
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < 32; ++j) {
@@ -94,4 +63,5 @@ TEST_CASE("gemm_amx: every number of rows and steps, both layouts of a, nothing 
         INFO("rows ", rows, ", k ", k, ", transposed ", transposed);
         CHECK(wrong == 0);
       }
+  detail::Tiles::release();
 }

@@ -207,14 +207,14 @@ KNOCK_MICRO_KERNEL(micro_avx512, KNOCK_TARGET_AVX512, 64, KNOCK_ADD_PRODUCT, KNO
 KNOCK_MICRO_KERNEL(micro_avx512_bf16, KNOCK_TARGET_AVX512_BF16, 64, KNOCK_ADD_DOT_PRODUCT, KNOCK_ROUND_DOT_PRODUCTS)
 
 /// The sums come from the matrix unit.
-template <class Tiles, int rows, int vectors>
+template <int rows, int vectors>
 KNOCK_TARGET_AVX512 void micro_tiles(int64_t k, const Pair* a, int64_t a_row, int64_t a_step, const Pair* b,
                                      int64_t b_step, const MicroOutput<float>& to) {
   using P = Pair;
   using Vector = VectorOf<float, 64>;
   constexpr int lanes = Vector::lanes;
   alignas(64) float sums[max_micro_rows][2 * lanes];
-  tile_kernel<Tiles>(rows, k, a, a_row, a_step, b, b_step, sums[0]);
+  tile_kernel(rows, k, a, a_row, a_step, b, b_step, sums[0]);
   for (int i = 0; i < rows; ++i) {
     const auto* const both = reinterpret_cast<const typename Vector::Type*>(sums[i]);
     KNOCK_STORE_ROW(both, i, KNOCK_ROUND)
@@ -250,9 +250,9 @@ const MicroKernels<T>& kernels_of(Isa isa, std::integer_sequence<int, i...>) {
 
 #if KNOCK_X86
 /// The micro-kernels of a matrix unit.
-template <class Tiles, int... i>
+template <int... i>
 constexpr MicroKernels<Pair> tile_kernels(std::integer_sequence<int, i...>) {
-  return {32, 32, tile_size, {micro_tiles<Tiles, i + 1, 2>...}, {micro_tiles<Tiles, i + 1, 1>...}};
+  return {32, 32, tile_size, {micro_tiles<i + 1, 2>...}, {micro_tiles<i + 1, 1>...}};
 }
 
 template <int... i>
@@ -274,8 +274,7 @@ KNOCK_FUNC const MicroKernels<double>& micro_kernels_f64() {
 KNOCK_FUNC const MicroKernels<Pair>& micro_kernels_pair() {
 #if KNOCK_X86
   static constexpr MicroKernels<Pair> dot_products = detail::dot_product_kernels(std::make_integer_sequence<int, 14>());
-  static constexpr MicroKernels<Pair> tiles =
-      detail::tile_kernels<detail::ProcessorTiles>(std::make_integer_sequence<int, 32>());
+  static constexpr MicroKernels<Pair> tiles = detail::tile_kernels(std::make_integer_sequence<int, 32>());
   return isa() == Isa::amx ? tiles : dot_products;
 #else
   fail("gemm", "no dot products of bf16 on this kind of machine");
