@@ -7,6 +7,7 @@ Shapes: B sequences, T tokens, S tokens with the cached ones, H heads, D feature
 A Linear weight is (out, in); row block h of a projection is head h.
 """
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import torch
@@ -17,6 +18,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_knock import KnockConfig
+
+# What transformers calls the cached keys and values: `cache` from 5.24 on, `past_key_values` before.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 def linear(inputs, outputs):
@@ -395,19 +399,21 @@ class KnockForCausalLM(PreTrainedModel, GenerationMixin):
         return getattr(self, "lm_head", None)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None,
-                labels=None, logits_to_keep=0, **kwargs):
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+                labels=None, logits_to_keep=0, cache=None, **kwargs):
+        if cache is None:
+            cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = cache.get_seq_length() if cache is not None else 0
         batch, tokens = input_ids.shape
         if attention_mask is None:
             attention_mask = torch.ones(batch, past + tokens, dtype=torch.long, device=input_ids.device)
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
-        context = Context(position_ids.expand(batch, -1), attention_mask.bool(), self.window, past_key_values)
+        context = Context(position_ids.expand(batch, -1), attention_mask.bool(), self.window, cache)
         h = self.model(input_ids, context)[:, -logits_to_keep:]
         logits = self.lm_head(h) if hasattr(self, "lm_head") else F.linear(h, self.model.embed_tokens.weight)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
